@@ -15,12 +15,13 @@ import (
 // when charon loads it. IKE_SA ids start anew with each Instance.
 type Instance [16]byte
 
-// Hello is what the plugin says of itself, on every connection.
+// Hello is what the plugin says of itself: Instance and ABI on every
+// connection, the rest too. Handler.Hello sees it once per standing connection.
 type Hello struct {
 	Instance  Instance
 	ABI       uint16 // version of this protocol; a different one is refused
 	Version   string // strongSwan version the plugin was compiled against
-	Mediation bool   // compiled with -DME (strongswan.md: must match charon's build)
+	Mediation bool   // compiled with -DME; the plugin has compared it with charon's build
 	PID       int    // charon's, from the socket's peer credentials
 	UID       int    // likewise; only root and qipsecd's own user are served
 }
@@ -53,7 +54,6 @@ type GetKey struct {
 	SA         SA
 	Connection string
 	Peer       netip.Addr
-	Deadline   time.Duration // how long the plugin waits
 }
 
 // Policy is what the plugin must know of a connection's policy.
@@ -80,7 +80,7 @@ type Sent struct {
 	KeyID      key.ID
 	SPIi, SPIr [8]byte  // of the IKE_SA the exchange runs in, in its order
 	Ni         []byte   // whole nonce, 56 bytes
-	Initiator  Identity // of the exchange initiator, as design section 11 defines for C_i
+	Initiator  Identity // of the exchange initiator: in IKE_AUTH the IDi payload of the first message
 	Exchange   Exchange
 }
 
@@ -126,7 +126,6 @@ type Bind struct {
 	Token      Chunks // likewise; add_sa shows the same bytes again
 	Confirm    []byte // C_i (responder) or C_r (initiator), 32 bytes; nil if missing
 	PeerSpeaks bool   // the support notify was seen in IKE_SA_INIT
-	Deadline   time.Duration
 }
 
 // BindAnswer lets the CHILD_SA go on. At the responder ConfirmR is what the
@@ -135,7 +134,7 @@ type BindAnswer struct{ ConfirmR []byte }
 
 // AddSA is charon's kernel-interface add_sa, with the token for its keys.
 type AddSA struct {
-	SA         SA // zero UID: no IKE_SA in this thread (IKEv1, manual): refused
+	SA         SA // of the IKE_SA that derived the token
 	Connection string
 	Src, Dst   netip.AddrPort // ports are those of UDP encapsulation
 	SPI        uint32         // host order
@@ -143,9 +142,9 @@ type AddSA struct {
 	Mark       Mark
 	IfID       uint32
 	ReqID      uint32
-	Mode       uint8    // charon's: 1 transport, 2 tunnel, 3 beet
-	SrcTS      []string // selectors as prefixes "10.1.0.0/24", with "[proto/port]" in charon's text form
-	DstTS      []string
+	Mode       uint8 // charon's: 1 transport, 2 tunnel, 3 beet
+	SrcTS      []Selector
+	DstTS      []Selector
 	Lifetime   Lifetime
 	EncrAlg    uint16 // IANA
 	IntegAlg   uint16
@@ -165,7 +164,27 @@ type AddSA struct {
 	Initiator  bool  // charon's flag: we initiated the exchange
 	Inbound    bool
 	Update     bool // replaces a larval SA
-	Deadline   time.Duration
+}
+
+// Selector is one traffic selector (RFC 7296 section 3.13.1): an address range,
+// a protocol (0 any) and a port range (0 to 65535 any; for ICMP type and code).
+type Selector struct {
+	From, To         netip.Addr
+	Protocol         uint8
+	FromPort, ToPort uint16
+}
+
+// Prefix is the smallest prefix that holds the whole range, as charon gives it
+// to the kernel.
+func (s Selector) Prefix() netip.Prefix {
+	bits := s.From.BitLen()
+	for bits > 0 {
+		if p := netip.PrefixFrom(s.From, bits); p.Contains(s.To) {
+			return p.Masked()
+		}
+		bits--
+	}
+	return netip.PrefixFrom(s.From, bits).Masked()
 }
 
 // Mark is an XFRM mark with its mask.
@@ -221,8 +240,10 @@ type UpdateSA struct {
 // Handler decides what the plugin asks. Every method must return by ctx's end,
 // which is the plugin's deadline; an error is sent as REFUSE with its text,
 // which therefore names no secret. Methods are called at the same time from
-// many connections.
+// many connections. Every SA that they name is of an Instance whose Hello was
+// accepted and whose Gone has not been called.
 type Handler interface {
+	// Hello greets a charon, at its start and after each restart of qipsecd.
 	Hello(ctx context.Context, h Hello) error
 	GetKey(ctx context.Context, m GetKey) (GetKeyAnswer, error)
 	Sent(ctx context.Context, m Sent) (SentAnswer, error)
