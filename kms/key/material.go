@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"runtime"
 	"sync/atomic"
+	"unsafe"
 )
 
 // ErrPrinted is what every encoder gets that tries to marshal key bytes.
@@ -26,7 +27,10 @@ const redacted = "[key redacted]"
 //
 // A Material is safe for one goroutine at a time; Wipe may be called twice.
 type Material struct {
-	b     []byte // len = the material's size, cap = the slot's
+	// A pointer, not a slice: where a printer gets hold of a copied struct and
+	// so finds none of the methods below, it can show an address, no byte.
+	p     *byte
+	n     int // size in bytes
 	wiped atomic.Bool
 }
 
@@ -37,7 +41,7 @@ func New(n int) (*Material, error) {
 	if err != nil {
 		return nil, fmt.Errorf("key: allocate %d bytes of locked memory: %w", n, err)
 	}
-	m := &Material{b: b}
+	m := &Material{p: unsafe.SliceData(b), n: n}
 	// The last resort for an owner that forgot; Wipe is still every owner's duty.
 	runtime.SetFinalizer(m, (*Material).Wipe)
 	return m, nil
@@ -50,7 +54,7 @@ func Take(b []byte) (*Material, error) {
 	if err != nil {
 		return nil, err
 	}
-	copy(m.b, b)
+	copy(m.Bytes(), b)
 	return m, nil
 }
 
@@ -60,7 +64,7 @@ func Random(r io.Reader, n int) (*Material, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := io.ReadFull(r, m.b); err != nil {
+	if _, err := io.ReadFull(r, m.Bytes()); err != nil {
 		m.Wipe()
 		return nil, fmt.Errorf("key: read random bytes: %w", err)
 	}
@@ -68,13 +72,14 @@ func Random(r io.Reader, n int) (*Material, error) {
 }
 
 // Bytes is the secret itself, borrowed: it is valid until Wipe, must not be
-// kept, and a copy of it must be wiped by the one who made it. It is nil after
-// Wipe and for a nil Material.
+// kept, and a copy of it must be wiped by the one who made it. Appending to it
+// copies (it has no spare capacity). It is nil after Wipe and for a nil
+// Material.
 func (m *Material) Bytes() []byte {
 	if m == nil || m.wiped.Load() {
 		return nil
 	}
-	return m.b
+	return unsafe.Slice(m.p, m.n)
 }
 
 // Len is the size in bytes, 0 after Wipe.
@@ -86,7 +91,7 @@ func (m *Material) Clone() (*Material, error) {
 	if err != nil {
 		return nil, err
 	}
-	copy(c.b, m.Bytes())
+	copy(c.Bytes(), m.Bytes())
 	runtime.KeepAlive(m)
 	return c, nil
 }
@@ -119,8 +124,8 @@ func (m *Material) Wipe() {
 		return
 	}
 	runtime.SetFinalizer(m, nil)
-	slots.free(m.b)
-	m.b = nil
+	slots.free(unsafe.Slice(m.p, m.n))
+	m.p = nil
 }
 
 // String shows no byte of the key; nor do the methods below.

@@ -75,5 +75,14 @@ func (r Role) Other() Role { return Master + Slave - r }
 
 // Owns is the owner rule: the pair's master owns the keys of even index, the
 // slave those of odd index. Only the owner decides a key's use and expiry, so
-// both ends may supply keys at once without asking each other.
-func (r Role) Owns(p Position) bool { return (p.Index()%2 == 0) == (r == Master) }
+// both ends may supply keys at once without asking each other. What is neither
+// master nor slave owns nothing.
+func (r Role) Owns(p Position) bool {
+	switch r {
+	case Master:
+		return p.Index()%2 == 0
+	case Slave:
+		return p.Index()%2 == 1
+	}
+	return false
+}

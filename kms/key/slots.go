@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -62,19 +63,22 @@ func (a *arena) alloc(n int) ([]byte, error) {
 	last := len(a.idle[i]) - 1
 	b := a.idle[i][last]
 	a.idle[i] = a.idle[i][:last]
-	return b[:n], nil
+	return b[:n:n], nil
 }
 
-// free wipes b, which came from alloc, and takes it back.
+// free wipes b, which came from alloc with all its length and no more, and
+// takes it back. Nobody had more of the slot than that length, so all of the
+// slot is zero again.
 func (a *arena) free(b []byte) {
 	clear(b)
-	if cap(b) > maxSlot {
+	if len(b) > maxSlot {
 		_ = unix.Munmap(b) // fails only for what is not a mapping; alloc made it one
 		return
 	}
-	i, _ := class(cap(b))
+	i, size := class(len(b))
+	slot := unsafe.Slice(unsafe.SliceData(b), size)
 	a.mu.Lock()
-	a.idle[i] = append(a.idle[i], b[:0])
+	a.idle[i] = append(a.idle[i], slot[:0])
 	a.mu.Unlock()
 }
 
