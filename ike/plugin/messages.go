@@ -94,9 +94,13 @@ type Chunks struct{ EncrI, IntegI, EncrR, IntegR *key.Material } // nil where th
 
 // Wipe wipes all four.
 func (c Chunks) Wipe() {
-	for _, m := range []*key.Material{c.EncrI, c.IntegI, c.EncrR, c.IntegR} {
+	for _, m := range c.list() {
 		m.Wipe()
 	}
+}
+
+func (c Chunks) list() [4]*key.Material {
+	return [4]*key.Material{c.EncrI, c.IntegI, c.EncrR, c.IntegR}
 }
 
 // Transforms are the ESP transforms charon negotiated (IANA IKEv2 numbers).
