@@ -1,0 +1,347 @@
+package conf
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/q-ipsec/q-ipsec/kms/key"
+	"github.com/q-ipsec/q-ipsec/kms/pki"
+)
+
+const sampleDir = "/etc/qipsec"
+
+func sample(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile("qipsecd.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func TestSample(t *testing.T) {
+	n, err := ParseNode("qipsecd.toml", sampleDir, []byte(sample(t)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n.Name != "a" || n.KMS.Type2Listen != netip.MustParseAddrPort("192.0.2.1:8442") || n.KMS.Type1.Key != "/etc/qipsec/pki/km.key" {
+		t.Errorf("%+v", n)
+	}
+	if p := n.KMS.Pairs[0]; p.Role != key.Master || p.Algorithm != Poly1305 || p.Intake != "/etc/qipsec/intake" || p.MaxAge != 7*24*time.Hour {
+		t.Errorf("%+v", p)
+	}
+	c := n.IPsec.Connection[0]
+	if c.Policy != Required || c.Mix != Hybrid || c.MinClass != key.Relayed || c.KME != Local || c.MaxKeyAge != time.Hour || !n.IPsec.Guard {
+		t.Errorf("%+v", c)
+	}
+	if ch := c.Children[0]; ch.Start != StartNow || ch.RekeyTime != 10*time.Minute || ch.Transport || ch.LocalTS[0] != netip.MustParsePrefix("10.1.0.0/24") {
+		t.Errorf("%+v", ch)
+	}
+}
+
+// The sample shows every default as a comment: with these lines put in force
+// the config must mean the same.
+func TestSampleShowsTheDefaults(t *testing.T) {
+	text := sample(t)
+	shown := regexp.MustCompile(`(?m)^# ([a-z0-9_]+ = )`)
+	vendor := strings.Index(text, "# [[ipsec.kme]]")
+	end := vendor + strings.Index(text[vendor:], "\n\n")
+	full := shown.ReplaceAllString(text[:vendor], "$1") + shown.ReplaceAllString(text[end:], "$1")
+	if n := len(shown.FindAllString(text, -1)); n < 30 {
+		t.Fatalf("only %d defaults are shown", n)
+	}
+	a, err := ParseNode("short", sampleDir, []byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	full = strings.Replace(full, "burst = 0 ", "# burst = 0 ", 1) // means nothing without rate
+	b, err := ParseNode("full", sampleDir, []byte(full))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range b.IPsec.Connection { // an empty list is no list
+		if len(c.Proposals) == 0 && len(c.Children[0].ESPProposals) == 0 {
+			b.IPsec.Connection[0].Proposals, b.IPsec.Connection[0].Children[0].ESPProposals = nil, nil
+		}
+	}
+	if !reflect.DeepEqual(a, b) {
+		t.Errorf("the sample's defaults are not the program's:\n%+v\n%+v\n%+v\n%+v", a.KMS, b.KMS, a.IPsec, b.IPsec)
+	}
+}
+
+// Every key of the sections' structs is in the sample.
+func TestSampleNamesEveryKey(t *testing.T) {
+	text := sample(t)
+	var walk func(reflect.Type)
+	walk = func(s reflect.Type) {
+		for s.Kind() == reflect.Pointer || s.Kind() == reflect.Slice {
+			s = s.Elem()
+		}
+		if s.Kind() != reflect.Struct {
+			return
+		}
+		for i := range s.NumField() {
+			f := s.Field(i)
+			if tag := f.Tag.Get("toml"); tag != "" && f.Type.Kind() != reflect.Struct {
+				nested := f.Type.Kind() == reflect.Slice && f.Type.Elem().Kind() == reflect.Struct || f.Type.Kind() == reflect.Pointer && f.Type.Elem().Kind() == reflect.Struct
+				if !nested && !regexp.MustCompile(`(?m)^(# )?`+tag+` = `).MatchString(text) {
+					t.Errorf("key %q is not in the sample", tag)
+				}
+			}
+			walk(f.Type)
+		}
+	}
+	walk(reflect.TypeFor[rawNode]())
+}
+
+// Each case changes the sample in one or more places and names the fields that
+// must then be at fault, and no others.
+func TestFaults(t *testing.T) {
+	for name, c := range map[string]struct {
+		change [][2]string
+		fields string // in the order of the report
+	}{
+		"unknown key":       {[][2]string{{`name = "a" `, `nmae = "x"` + "\n" + `name = "a" `}}, "node.nmae"},
+		"unknown section":   {[][2]string{{"[operator]", "[oprator]\nx = 1\n[operator]"}}, "oprator oprator.x"},
+		"node name":         {[][2]string{{`name = "a" `, `name = "Gate_A" `}}, "node.name"},
+		"no node name":      {[][2]string{{`name = "a" `, `# `}}, "node.name"},
+		"level":             {[][2]string{{`# level = "info"`, `level = "loud"`}}, "log.level"},
+		"listen":            {[][2]string{{`"192.0.2.1:8441"`, `"gw-a:8441"`}, {`"192.0.2.1:8442"`, `"192.0.2.1:0"`}}, "kms.type1_listen kms.type2_listen"},
+		"peer address":      {[][2]string{{`"192.0.2.2:8441"`, `"0.0.0.0:8441"`}}, "kms.peer[0].address"},
+		"peer is us":        {[][2]string{{"name = \"b\"\naddress", "name = \"a\"\naddress"}}, "kms.peer[0].name kms.pair[0].peer kms.sae[1].node kms.sae[3].node"},
+		"pair":              {[][2]string{{`"0f4d7c9e-3b1a-8c2d-9e4f-5a6b7c8d9e0f"`, `"0f4d7c9e"`}, {`role = "master"`, `role = "boss"`}, {`# algorithm = "poly1305"`, `algorithm = "sha-1"`}}, "kms.pair[0].id kms.pair[0].role kms.pair[0].algorithm"},
+		"same device":       {[][2]string{{"00000000000b", "00000000000a"}}, "kms.pair[0].peer_qkd_id"},
+		"ranges":            {[][2]string{{"# lease = 1024  ", "lease = 0 # "}, {`# notice_ttl = "5m"`, `notice_ttl = "2h"`}, {`# ratchet_interval = "10m"`, `ratchet_interval = "11m"`}, {"# low_water = 1024", "low_water = 10000000"}}, "kms.lease kms.notice_ttl kms.ratchet_interval kms.pair[0].low_water"},
+		"no unit":           {[][2]string{{`# intake_interval = "1s"`, `intake_interval = "1"`}}, "kms.intake_interval"},
+		"sae twice":         {[][2]string{{`id = "b-te"`, `id = "a-te"`}}, "kms.sae[3].id kms.sae[2].peers"},
+		"sae peers":         {[][2]string{{`peers = ["b-te"]`, `peers = ["a-ipsec"]`}, {`peers = ["b-ipsec"] `, `# `}}, "kms.sae[0].peers kms.sae[2].peers ipsec.connection[0].local_sae"},
+		"sae limits afar":   {[][2]string{{`id = "b-te"`, `id = "b-te"` + "\nrate = 1"}}, "kms.sae[3].node"},
+		"burst alone":       {[][2]string{{"rate = 100\n", ""}}, "kms.sae[2].burst"},
+		"sae not for ipsec": {[][2]string{{"node = \"b\"\nipsec = true", `node = "b"`}}, "ipsec.connection[0].peer_sae"},
+		"sae elsewhere":     {[][2]string{{`local_sae = "a-ipsec"`, `local_sae = "nobody"`}}, "ipsec.connection[0].local_sae"},
+		"files":             {[][2]string{{`ca = "pki/km-ca.crt"`, ""}, {`key = "pki/ike.key"`, ""}}, "tls.km.ca ipsec.key"},
+		"no type 2":         {[][2]string{{`type2_listen = "192.0.2.1:8442"`, ""}, {`ca = "pki/sae-ca.crt"`, ""}}, ""},
+		"kme":               {[][2]string{{`# kme = "local"`, `kme = "vendor"`}}, "ipsec.connection[0].kme"},
+		"policy":            {[][2]string{{`# policy = "required"`, `policy = "maybe"`}, {`# mix = "hybrid"`, `mix = "none"`}}, "ipsec.connection[0].policy ipsec.connection[0].mix"},
+		"qkd alone":         {[][2]string{{`# mix = "hybrid"`, `mix = "qkd"`}, {`# min_class = "relayed"`, `min_class = "relayed"`}}, "ipsec.connection[0].min_class"},
+		"qkd derived":       {[][2]string{{`# mix = "hybrid"`, `mix = "qkd"`}, {`# min_class = "relayed"`, `min_class = "derived"`}, {"# allow_relayed_only = false", "allow_relayed_only = true"}}, "ipsec.connection[0].min_class"},
+		"relayed without":   {[][2]string{{"# allow_relayed_only = false", "allow_relayed_only = true"}}, "ipsec.connection[0].allow_relayed_only"},
+		"addresses":         {[][2]string{{`local_addr = "192.0.2.1"`, `local_addr = "0.0.0.0"`}, {`remote_addr = "192.0.2.2"`, `remote_addr = "gw"`}}, "ipsec.connection[0].local_addr ipsec.connection[0].remote_addr"},
+		"families":          {[][2]string{{`remote_addr = "192.0.2.2"`, `remote_addr = "2001:db8::2"`}, {`["10.2.0.0/24"]`, `["2001:db8:2::/64"]`}}, "ipsec.connection[0].remote_addr ipsec.connection[0].child[0].remote_ts"},
+		"wildcard id":       {[][2]string{{`remote_id = "b.gw.q-ipsec"`, `remote_id = "*.gw.q-ipsec"`}}, "ipsec.connection[0].remote_id"},
+		"own id":            {[][2]string{{`remote_id = "b.gw.q-ipsec"`, `remote_id = "a.gw.q-ipsec"`}}, "ipsec.connection[0].remote_id"},
+		"selectors":         {[][2]string{{`["10.1.0.0/24"]`, `["10.1.0.1/24", "here"]`}, {`["10.2.0.0/24"]`, `[]`}}, "ipsec.connection[0].child[0].local_ts[0] ipsec.connection[0].child[0].local_ts[1] ipsec.connection[0].child[0].remote_ts"},
+		"key outlived":      {[][2]string{{`# rekey_time = "10m"`, `rekey_time = "1h"`}}, "ipsec.connection[0].child[0].rekey_time"},
+		"bytes outlived":    {[][2]string{{"# max_key_bytes = 0", "max_key_bytes = 1000"}, {"# rekey_bytes = 0", "rekey_bytes = 1000"}}, "ipsec.connection[0].child[0].rekey_bytes"},
+		"start":             {[][2]string{{`start = "now"`, `start = "later"`}}, "ipsec.connection[0].child[0].start"},
+		"long socket":       {[][2]string{{`# socket = "/run`, `socket = "/run` + strings.Repeat("/long", 22)}}, "operator.socket"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			text := sample(t)
+			for _, ch := range c.change {
+				if !strings.Contains(text, ch[0]) {
+					t.Fatalf("the sample has no %q", ch[0])
+				}
+				text = strings.Replace(text, ch[0], ch[1], 1)
+			}
+			_, err := ParseNode("f.toml", sampleDir, []byte(text))
+			var got []string
+			var f *Faults
+			if errors.As(err, &f) {
+				for _, v := range f.List {
+					got = append(got, v.Field)
+					if !strings.Contains(err.Error(), v.Text) {
+						t.Errorf("%q is not in the report", v.Text)
+					}
+				}
+			}
+			if strings.Join(got, " ") != c.fields {
+				t.Errorf("faults in %q, want %q\n%v", got, c.fields, err)
+			}
+		})
+	}
+}
+
+func TestNotTOML(t *testing.T) {
+	for _, text := range []string{"[node", "[node]\nname = 1\n", "[node]\nname = \"a\"\nname = \"b\"\n", ""} {
+		if _, err := ParseNode("f", "/", []byte(text)); err == nil {
+			t.Errorf("%q was taken", text)
+		}
+	}
+}
+
+func TestVendorKMEOnly(t *testing.T) {
+	text := `
+[node]
+name = "a"
+[ipsec]
+ca = "ca"
+cert = "c"
+key = "k"
+[[ipsec.kme]]
+name = "vendor"
+url = "%s"
+ca = "vca"
+cert = "vc"
+key = "vk"
+[[ipsec.connection]]
+name = "x"
+kme = "vendor"
+local_sae = "a"
+peer_sae = "b"
+local_addr = "2001:db8::1"
+remote_addr = "2001:db8::2"
+local_id = "a.example"
+remote_id = "b.example"
+[[ipsec.connection.child]]
+name = "x"
+local_ts = ["2001:db8:a::/64"]
+remote_ts = ["2001:db8:b::/64"]
+`
+	n, err := ParseNode("f", "/etc", []byte(strings.Replace(text, "%s", "https://kme.example:8443/", 1)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n.KMS != nil || n.IPsec.KMEs[0].URL != "https://kme.example:8443" || n.IPsec.KMEs[0].Files.Key != "/etc/vk" {
+		t.Errorf("%+v", n.IPsec)
+	}
+	for _, u := range []string{"http://kme.example", "https://", "https://u:p@kme", "https://kme/api/v1/keys", "https://kme?x=1", "kme"} {
+		if _, err := ParseNode("f", "/etc", []byte(strings.Replace(text, "%s", u, 1))); err == nil {
+			t.Errorf("URL %q was taken", u)
+		}
+	}
+}
+
+// installed writes the sample with all it names into a directory.
+func installed(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	for _, d := range []string{"pki", "intake", "state"} {
+		if err := os.Mkdir(filepath.Join(dir, d), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := filepath.Join(dir, "pki")
+	for ca, r := range map[string]pki.Request{
+		"km":  {Kind: pki.KindNode, Name: "a"},
+		"kme": {Kind: pki.KindKME, Name: "a"},
+		"ike": {Kind: pki.KindGateway, Name: "a.gw.q-ipsec"},
+	} {
+		c, err := pki.NewCA(ca, time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		root, err := c.Credential()
+		if err != nil {
+			t.Fatal(err)
+		}
+		leaf, err := c.Issue(r, time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		caFile := map[string]string{"km": "km-ca", "kme": "sae-ca", "ike": "ike-ca"}[ca]
+		if err := errors.Join(pki.WriteFile(filepath.Join(p, caFile+".crt"), root.Cert, 0o644, false), leaf.Write(p, ca, false)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	name := filepath.Join(dir, "qipsecd.toml")
+	text := strings.Replace(sample(t), `# state_dir = "/var/lib/qipsec"`, `state_dir = "state"`, 1)
+	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+func TestLoadChecksFiles(t *testing.T) {
+	name := installed(t)
+	dir := filepath.Dir(name)
+	if n, err := LoadNode(name); err != nil || n.StateDir != filepath.Join(dir, "state") {
+		t.Fatalf("%+v, %v", n, err)
+	}
+	for what, c := range map[string]struct {
+		spoil func() error
+		mend  func() error
+		field string
+	}{
+		"key for all":      {func() error { return os.Chmod(dir+"/pki/km.key", 0o644) }, func() error { return os.Chmod(dir+"/pki/km.key", 0o600) }, "tls.km.key"},
+		"state for all":    {func() error { return os.Chmod(dir+"/state", 0o755) }, func() error { return os.Chmod(dir+"/state", 0o700) }, "node.state_dir"},
+		"intake for all":   {func() error { return os.Chmod(dir+"/intake", 0o702) }, func() error { return os.Chmod(dir+"/intake", 0o700) }, "kms.pair[0].intake"},
+		"intake missing":   {func() error { return os.Remove(dir + "/intake") }, func() error { return os.Mkdir(dir+"/intake", 0o700) }, "kms.pair[0].intake"},
+		"CA missing":       {func() error { return os.Rename(dir+"/pki/ike-ca.crt", dir+"/x") }, func() error { return os.Rename(dir+"/x", dir+"/pki/ike-ca.crt") }, "ipsec.ca"},
+		"other's key":      {swap(dir+"/pki/kme.key", dir+"/pki/ike.key"), swap(dir+"/pki/kme.key", dir+"/pki/ike.key"), "tls.sae.cert ipsec.cert"},
+		"state is no dir":  {func() error { return errors.Join(os.Remove(dir+"/state"), os.WriteFile(dir+"/state", nil, 0o600)) }, func() error { return errors.Join(os.Remove(dir+"/state"), os.Mkdir(dir+"/state", 0o700)) }, "node.state_dir"},
+		"state is not yet": {func() error { return os.Remove(dir + "/state") }, func() error { return os.Mkdir(dir+"/state", 0o700) }, ""},
+	} {
+		t.Run(what, func(t *testing.T) {
+			if err := c.spoil(); err != nil {
+				t.Fatal(err)
+			}
+			_, err := LoadNode(name)
+			if err := c.mend(); err != nil {
+				t.Fatal(err)
+			}
+			var got []string
+			var f *Faults
+			if errors.As(err, &f) {
+				for _, v := range f.List {
+					got = append(got, v.Field)
+				}
+			}
+			if strings.Join(got, " ") != c.field {
+				t.Errorf("faults in %q, want %q: %v", got, c.field, err)
+			}
+		})
+	}
+	if _, err := LoadNode(dir + "/none"); err == nil {
+		t.Error("a missing file was loaded")
+	}
+	text := strings.Replace(sample(t), `# feeder = ""`, `feeder = "no-such-user-here"`, 1)
+	if err := os.WriteFile(name, []byte(strings.Replace(text, `# state_dir = "/var/lib/qipsec"`, `state_dir = "state"`, 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadNode(name); err == nil || !strings.Contains(err.Error(), "kms.pair[0].feeder") {
+		t.Errorf("unknown feeder: %v", err)
+	}
+}
+
+func swap(a, b string) func() error {
+	return func() error {
+		return errors.Join(os.Rename(a, a+".x"), os.Rename(b, a), os.Rename(a+".x", b))
+	}
+}
+
+func TestFeederUID(t *testing.T) {
+	for name, want := range map[string]int{"": os.Geteuid(), "0": 0, "1234": 1234, "root": 0} {
+		if got, err := FeederUID(name); err != nil || got != want {
+			t.Errorf("%q: %d, %v", name, got, err)
+		}
+	}
+	if _, err := FeederUID("-1"); err == nil {
+		t.Error("-1 is no user")
+	}
+}
+
+func FuzzParseNode(f *testing.F) {
+	b, err := os.ReadFile("qipsecd.toml")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Add([]byte("[node]\nname = \"a\"\n[kms]\n[[kms.sae]]\n[ipsec]\n[[ipsec.connection]]\n[[ipsec.connection.child]]\n"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		n, err := ParseNode("f", "/", b)
+		if (n == nil) == (err == nil) {
+			t.Fatalf("%v and %v", n, err)
+		}
+		if err == nil && n.KMS == nil && n.IPsec == nil {
+			t.Fatal("a node without a role")
+		}
+	})
+}

@@ -1,0 +1,240 @@
+package conf
+
+import (
+	"fmt"
+	"net/netip"
+	"net/url"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/q-ipsec/q-ipsec/kms/key"
+	"github.com/q-ipsec/q-ipsec/kms/pki"
+)
+
+// Names of connections and children go into VICI messages and log lines.
+var vpnName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$`)
+
+func checkVPNName(s string) error {
+	if !vpnName.MatchString(s) {
+		return fmt.Errorf("want 1 to 32 letters, digits, '_' or '-', a letter or digit first")
+	}
+	return nil
+}
+
+func (r *reader) ipsec(raw *rawIPsec, n *Node) *IPsec {
+	v := &IPsec{
+		VICI:   r.socket("ipsec.vici", raw.VICI, defaultVICI),
+		Plugin: r.socket("ipsec.plugin", raw.Plugin, defaultPlugin),
+		Files:  r.files("ipsec", rawFiles{raw.CA, raw.Cert, raw.Key}),
+		Guard:  raw.Guard == nil || *raw.Guard,
+	}
+	kmes := map[string]string{}
+	if n.KMS != nil {
+		kmes[Local] = "[kms]"
+	}
+	for i, k := range raw.KME {
+		at := fmt.Sprintf("ipsec.kme[%d].", i)
+		kme := KME{
+			Name:   need(r, at+"name", k.Name, checked(checkVPNName)),
+			URL:    need(r, at+"url", k.URL, parseKMEURL),
+			Files:  r.files(strings.TrimSuffix(at, "."), k.rawFiles),
+			TLS12:  k.TLS12,
+			UseGET: k.UseGET,
+		}
+		if kme.Name == Local {
+			r.fault(at+"name", "%q is this node's own KSA", Local)
+		}
+		r.unique(at+"name", kme.Name, kmes)
+		v.KMEs = append(v.KMEs, kme)
+	}
+	if len(raw.Connection) == 0 {
+		r.fault("ipsec.connection", "is missing: [ipsec] without a connection does nothing")
+	}
+	names, children := map[string]string{}, map[string]string{}
+	for i := range raw.Connection {
+		at := fmt.Sprintf("ipsec.connection[%d].", i)
+		c := r.connection(at, &raw.Connection[i], children)
+		r.unique(at+"name", c.Name, names)
+		if _, ok := kmes[c.KME]; !ok {
+			r.fault(at+"kme", "%q is no [[ipsec.kme]]%s", c.KME, map[bool]string{true: ", and there is no [kms]"}[c.KME == Local && n.KMS == nil])
+		} else if c.KME == Local && c.Policy != Off && n.Name != "" {
+			r.localSAEs(at, c, n)
+		}
+		v.Connection = append(v.Connection, c)
+	}
+	return v
+}
+
+// localSAEs checks that our own KSA knows both SAEs of a connection.
+func (r *reader) localSAEs(at string, c Connection, n *Node) {
+	find := func(field, id string, local bool) {
+		if id == "" {
+			return
+		}
+		for _, s := range n.KMS.SAEs {
+			if s.ID != id {
+				continue
+			}
+			if (s.Node == n.Name) != local {
+				r.fault(at+field, "SAE %q is at node %q", id, s.Node)
+			}
+			if local && c.PeerSAE != "" && !slices.Contains(s.Peers, c.PeerSAE) {
+				r.fault(at+field, "SAE %q may share no keys with %q: add it to its peers", id, c.PeerSAE)
+			}
+			if !s.IPsec {
+				r.fault(at+field, "SAE %q is not marked ipsec = true", id)
+			}
+			return
+		}
+		r.fault(at+field, "%q is no [[kms.sae]]", id)
+	}
+	find("local_sae", c.LocalSAE, true)
+	find("peer_sae", c.PeerSAE, false)
+}
+
+func (r *reader) connection(at string, raw *rawConnection, children map[string]string) Connection {
+	c := Connection{
+		Name:             need(r, at+"name", raw.Name, checked(checkVPNName)),
+		LocalSAE:         need(r, at+"local_sae", raw.LocalSAE, checked(pki.CheckSAE)),
+		PeerSAE:          need(r, at+"peer_sae", raw.PeerSAE, checked(pki.CheckSAE)),
+		KME:              parse(r, at+"kme", raw.KME, Local, func(s string) (string, error) { return s, nil }),
+		Policy:           parse(r, at+"policy", raw.Policy, Required, oneOf(Required, Optional, Off)),
+		Mix:              parse(r, at+"mix", raw.Mix, Hybrid, oneOf(Hybrid, QKD)),
+		AllowRelayedOnly: raw.AllowRelayedOnly,
+		MaxKeyAge:        parse(r, at+"max_key_age", raw.MaxKeyAge, defaultMaxKeyAge, span(10*time.Second, 24*time.Hour)),
+		MaxKeyBytes:      uint64(r.number(at+"max_key_bytes", raw.MaxKeyBytes, 0, 0, 1<<62)),
+		LocalAddr:        need(r, at+"local_addr", raw.LocalAddr, address),
+		RemoteAddr:       need(r, at+"remote_addr", raw.RemoteAddr, address),
+		LocalID:          need(r, at+"local_id", raw.LocalID, checked(identity)),
+		RemoteID:         need(r, at+"remote_id", raw.RemoteID, checked(identity)),
+		Proposals:        r.words(at+"proposals", raw.Proposals),
+		RekeyTime:        parse(r, at+"rekey_time", raw.RekeyTime, defaultIKERekey, span(10*time.Second, 7*24*time.Hour)),
+		DPDDelay:         parse(r, at+"dpd_delay", raw.DPDDelay, defaultDPD, span(0, time.Hour)),
+		MOBIKE:           raw.MOBIKE, Encap: raw.Encap,
+	}
+	least := key.Relayed
+	if c.Mix == QKD {
+		least = key.Direct
+		if c.AllowRelayedOnly {
+			least = key.Relayed
+		}
+	}
+	c.MinClass = parse(r, at+"min_class", raw.MinClass, least, key.ParseClass)
+	if c.Mix == QKD && c.MinClass != 0 && c.MinClass < least {
+		r.fault(at+"min_class", "mix = %q needs class %v; allow_relayed_only = true lets it use relayed keys", QKD, least)
+	}
+	if c.AllowRelayedOnly && c.Mix != QKD {
+		r.fault(at+"allow_relayed_only", "means nothing unless mix = %q", QKD)
+	}
+	if c.LocalSAE != "" && c.LocalSAE == c.PeerSAE {
+		r.fault(at+"peer_sae", "is local_sae itself")
+	}
+	if c.RemoteID != "" && c.LocalID == c.RemoteID {
+		r.fault(at+"remote_id", "is local_id itself")
+	}
+	if c.LocalAddr.IsValid() && c.RemoteAddr.IsValid() && c.LocalAddr.Is4() != c.RemoteAddr.Is4() {
+		r.fault(at+"remote_addr", "%v and %v are of different families", c.LocalAddr, c.RemoteAddr)
+	}
+	if len(raw.Child) == 0 {
+		r.fault(at+"child", "is missing: a connection protects nothing without one")
+	}
+	for i := range raw.Child {
+		at := fmt.Sprintf("%schild[%d].", at, i)
+		ch := r.child(at, &raw.Child[i], &c)
+		r.unique(at+"name", ch.Name, children)
+		c.Children = append(c.Children, ch)
+	}
+	return c
+}
+
+func (r *reader) child(at string, raw *rawChild, c *Connection) Child {
+	ch := Child{
+		Name:         need(r, at+"name", raw.Name, checked(checkVPNName)),
+		LocalTS:      r.prefixes(at+"local_ts", raw.LocalTS),
+		RemoteTS:     r.prefixes(at+"remote_ts", raw.RemoteTS),
+		ESPProposals: r.words(at+"esp_proposals", raw.ESPProposals),
+		Transport:    parse(r, at+"mode", raw.Mode, "tunnel", oneOf("tunnel", "transport")) == "transport",
+		RekeyTime:    parse(r, at+"rekey_time", raw.RekeyTime, min(defaultChildRekey, c.MaxKeyAge/2), span(time.Second, 24*time.Hour)),
+		RekeyBytes:   uint64(r.number(at+"rekey_bytes", raw.RekeyBytes, 0, 0, 1<<62)),
+		Start:        parse(r, at+"start", raw.Start, StartNone, oneOf(StartNone, StartNow, StartTrap)),
+		ReplayWindow: int(r.number(at+"replay_window", raw.ReplayWindow, defaultReplayWindow, 0, 4096)),
+	}
+	if ch.RekeyTime >= c.MaxKeyAge && c.MaxKeyAge > 0 {
+		r.fault(at+"rekey_time", "%v is not below max_key_age, %v: the tunnel would stop before it is rekeyed", ch.RekeyTime, c.MaxKeyAge)
+	}
+	if c.MaxKeyBytes > 0 && ch.RekeyBytes >= c.MaxKeyBytes {
+		r.fault(at+"rekey_bytes", "%d is not below max_key_bytes, %d", ch.RekeyBytes, c.MaxKeyBytes)
+	}
+	if len(ch.LocalTS) > 0 && len(ch.RemoteTS) > 0 && !sameFamilies(ch.LocalTS, ch.RemoteTS) {
+		r.fault(at+"remote_ts", "has an address family that local_ts has not, or the other way round")
+	}
+	return ch
+}
+
+func (r *reader) prefixes(field string, text []string) []netip.Prefix {
+	if len(text) == 0 {
+		r.fault(field, "is missing")
+	}
+	var out []netip.Prefix
+	for i, s := range text {
+		at := fmt.Sprintf("%s[%d]", field, i)
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			r.fault(at, "%q: want a prefix such as 10.1.0.0/16", s)
+			continue
+		}
+		if p != p.Masked() {
+			r.fault(at, "%q has bits set behind the prefix; %v is meant?", s, p.Masked())
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+func (r *reader) words(field string, text []string) []string {
+	for i, s := range text {
+		if s == "" || strings.ContainsAny(s, " \t,") {
+			r.fault(fmt.Sprintf("%s[%d]", field, i), "%q: want one proposal, such as aes256gcm16-x25519", s)
+		}
+	}
+	return text
+}
+
+func sameFamilies(a, b []netip.Prefix) bool {
+	families := func(ps []netip.Prefix) (four, six bool) {
+		for _, p := range ps {
+			four, six = four || p.Addr().Is4(), six || !p.Addr().Is4()
+		}
+		return four, six
+	}
+	a4, a6 := families(a)
+	b4, b6 := families(b)
+	return a4 == b4 && a6 == b6
+}
+
+func address(s string) (netip.Addr, error) {
+	a, err := netip.ParseAddr(s)
+	if err != nil || a.IsUnspecified() || a.IsMulticast() {
+		return netip.Addr{}, fmt.Errorf("want a unicast address")
+	}
+	return a.Unmap(), nil
+}
+
+// identity refuses what charon would take for a wildcard: any peer of the CA
+// could then speak for the SAE.
+func identity(s string) error {
+	if s == "%any" || strings.ContainsAny(s, "*\n\r\x00") || len(s) > 255 {
+		return fmt.Errorf("want one IKE identity without wildcards")
+	}
+	return nil
+}
+
+func parseKMEURL(s string) (string, error) {
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || strings.Trim(u.Path, "/") != "" {
+		return "", fmt.Errorf("want https://HOST[:PORT], nothing behind it")
+	}
+	return "https://" + u.Host, nil
+}

@@ -1,0 +1,246 @@
+package conf
+
+import (
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/q-ipsec/q-ipsec/kms/key"
+	"github.com/q-ipsec/q-ipsec/kms/pki"
+)
+
+// The defaults of qipsecd.toml; the sample file shows each in its place.
+const (
+	defaultStateDir       = "/var/lib/qipsec"
+	defaultSocket         = "/run/qipsec/operator.sock"
+	defaultVICI           = "/run/charon.vici"
+	defaultPlugin         = "/run/qipsec/plugin.sock"
+	defaultIntakeInterval = time.Second
+	defaultLease          = 1024
+	defaultNoticeTTL      = 5 * time.Minute
+	defaultRatchet        = 10 * time.Minute
+	defaultRatchetKeys    = 100_000
+	defaultMaxAge         = 7 * 24 * time.Hour
+	defaultLowWater       = 1024
+	defaultMaxStore       = 10_000_000
+	defaultMaxKeyAge      = time.Hour
+	defaultIKERekey       = 4 * time.Hour
+	defaultChildRekey     = 10 * time.Minute
+	defaultDPD            = 30 * time.Second
+	defaultReplayWindow   = 128
+)
+
+// LoadNode reads qipsecd's config from a file and checks the files it names as
+// well: secrets that others can read, missing certificates and intake
+// directories are faults. The error is a *Faults unless the file cannot be read.
+func LoadNode(name string) (*Node, error) {
+	text, dir, err := readConfig(name)
+	if err != nil {
+		return nil, err
+	}
+	r := &reader{dir: dir}
+	n := r.node(text)
+	if n != nil {
+		r.nodeFiles(n)
+	}
+	if err := r.err(name); err != nil {
+		return nil, err
+	}
+	return n, nil
+}
+
+// ParseNode reads qipsecd's config from text without a look at any other file.
+// Relative paths start at dir; file is its name in errors, which are *Faults.
+func ParseNode(file, dir string, text []byte) (*Node, error) {
+	r := &reader{dir: dir}
+	n := r.node(text)
+	if err := r.err(file); err != nil {
+		return nil, err
+	}
+	return n, nil
+}
+
+func (r *reader) node(text []byte) *Node {
+	var raw rawNode
+	if !r.decode(text, &raw) {
+		return nil
+	}
+	n := &Node{
+		Name:     need(r, "node.name", raw.Node.Name, checked(pki.CheckNode)),
+		StateDir: r.path("node.state_dir", raw.Node.StateDir, defaultStateDir),
+		Operator: Operator{Socket: r.socket("operator.socket", raw.Operator.Socket, defaultSocket)},
+		Log: Log{
+			JSON:  parse(r, "log.format", raw.Log.Format, "text", oneOf("text", "json")) == "json",
+			Level: parse(r, "log.level", raw.Log.Level, slog.LevelInfo, parseLevel),
+		},
+	}
+	if raw.KMS == nil && raw.IPsec == nil {
+		r.fault("", "neither [kms] nor [ipsec]: this node would do nothing")
+	}
+	if raw.KMS != nil {
+		n.KMS = r.kms(raw.KMS, &raw.TLS, n.Name)
+	}
+	if raw.IPsec != nil {
+		n.IPsec = r.ipsec(raw.IPsec, n)
+	}
+	return n
+}
+
+func (r *reader) kms(raw *rawKMS, tls *rawTLS, self string) *KMS {
+	k := &KMS{
+		Type1Listen:     need(r, "kms.type1_listen", raw.Type1Listen, listener),
+		Type1:           r.files("tls.km", tls.KM),
+		Type2Listen:     parse(r, "kms.type2_listen", raw.Type2Listen, netip.AddrPort{}, listener),
+		IntakeInterval:  parse(r, "kms.intake_interval", raw.IntakeInterval, defaultIntakeInterval, span(10*time.Millisecond, time.Hour)),
+		Lease:           int(r.number("kms.lease", raw.Lease, defaultLease, 1, 1<<16)),
+		NoticeTTL:       parse(r, "kms.notice_ttl", raw.NoticeTTL, defaultNoticeTTL, span(time.Second, time.Hour)),
+		RatchetInterval: parse(r, "kms.ratchet_interval", raw.RatchetInterval, defaultRatchet, span(time.Second, defaultRatchet)),
+		RatchetKeys:     int(r.number("kms.ratchet_keys", raw.RatchetKeys, defaultRatchetKeys, 1, defaultRatchetKeys)),
+		Reserve:         int(r.number("kms.reserve", raw.Reserve, 0, 0, 1<<16)),
+	}
+	if k.Type2Listen.IsValid() {
+		k.Type2 = r.files("tls.sae", tls.SAE)
+	}
+	nodes := map[string]string{self: "node.name"}
+	for i, p := range raw.Peer {
+		at := fmt.Sprintf("kms.peer[%d].", i)
+		v := Peer{
+			Name:    need(r, at+"name", p.Name, checked(pki.CheckNode)),
+			Address: need(r, at+"address", p.Address, remote),
+		}
+		r.unique(at+"name", v.Name, nodes)
+		k.Peers = append(k.Peers, v)
+	}
+	r.pairs(k, raw.Pair, nodes, self)
+	ids := map[string]string{}
+	for i, s := range raw.SAE {
+		k.SAEs = append(k.SAEs, r.sae(fmt.Sprintf("kms.sae[%d].", i), s, nodes, ids))
+	}
+	for i, s := range k.SAEs {
+		for _, p := range s.Peers {
+			if !slices.ContainsFunc(k.SAEs, func(o SAE) bool { return o.ID == p && o.Node != self }) {
+				r.fault(fmt.Sprintf("kms.sae[%d].peers", i), "%q is no SAE at another node", p)
+			}
+		}
+	}
+	return k
+}
+
+func (r *reader) pairs(k *KMS, raw []rawPair, nodes map[string]string, self string) {
+	ids, intakes, devices := map[string]string{}, map[string]string{}, map[string]string{}
+	for i, p := range raw {
+		at := fmt.Sprintf("kms.pair[%d].", i)
+		v := Pair{
+			ID:        need(r, at+"id", p.ID, parseUUID),
+			Role:      need(r, at+"role", p.Role, key.ParseRole),
+			Peer:      need(r, at+"peer", p.Peer, checked(pki.CheckNode)),
+			QKDID:     need(r, at+"qkd_id", p.QKDID, parseUUID),
+			PeerQKDID: need(r, at+"peer_qkd_id", p.PeerQKDID, parseUUID),
+			Intake:    r.path(at+"intake", p.Intake, ""),
+			Feeder:    p.Feeder,
+			Algorithm: parse(r, at+"algorithm", p.Algorithm, Poly1305, oneOf(Poly1305, SHA256, SHA3256)),
+			MaxAge:    parse(r, at+"max_age", p.MaxAge, defaultMaxAge, span(time.Minute, 366*24*time.Hour)),
+			LowWater:  int(r.number(at+"low_water", p.LowWater, defaultLowWater, 0, 1<<40)),
+			MaxStore:  int(r.number(at+"max_store", p.MaxStore, defaultMaxStore, 1, 1<<40)),
+		}
+		if _, ok := nodes[v.Peer]; v.Peer != "" && (!ok || v.Peer == self) {
+			r.fault(at+"peer", "%q is no [[kms.peer]]", v.Peer)
+		}
+		if v.LowWater >= v.MaxStore {
+			r.fault(at+"low_water", "%d is not below max_store, %d", v.LowWater, v.MaxStore)
+		}
+		r.unique(at+"id", p.ID, ids)
+		r.unique(at+"intake", v.Intake, intakes)
+		r.unique(at+"qkd_id", p.QKDID, devices)
+		r.unique(at+"peer_qkd_id", p.PeerQKDID, devices)
+		k.Pairs = append(k.Pairs, v)
+	}
+}
+
+func (r *reader) sae(at string, raw rawSAE, nodes, ids map[string]string) SAE {
+	s := SAE{
+		ID:          need(r, at+"id", raw.ID, checked(pki.CheckSAE)),
+		Node:        need(r, at+"node", raw.Node, checked(pki.CheckNode)),
+		IPsec:       raw.IPsec,
+		Peers:       raw.Peers,
+		Rate:        int(r.number(at+"rate", raw.Rate, 0, 0, 1<<30)),
+		RetryWindow: parse(r, at+"retry_window", raw.RetryWindow, 0, span(0, time.Minute)),
+	}
+	s.Burst = int(r.number(at+"burst", raw.Burst, int64(s.Rate), 0, 1<<30))
+	if s.Burst > 0 && s.Rate == 0 {
+		r.fault(at+"burst", "means nothing without rate")
+	}
+	r.unique(at+"id", s.ID, ids)
+	if nodes[""] != "" {
+		return s // our own name is at fault: we cannot tell here from there
+	}
+	if _, ok := nodes[s.Node]; s.Node != "" && !ok {
+		r.fault(at+"node", "%q is neither this node nor a [[kms.peer]]", s.Node)
+	}
+	if local := nodes[s.Node] == "node.name"; local && len(s.Peers) == 0 {
+		r.fault(at+"peers", "is missing: the SAEs that %q may share keys with", s.ID)
+	} else if !local && (len(s.Peers) > 0 || s.Rate > 0 || s.RetryWindow > 0) {
+		r.fault(at+"node", "peers, rate and retry_window are set where the SAE is, at node %q", s.Node)
+	}
+	return s
+}
+
+// files takes the three files of one channel.
+func (r *reader) files(at string, raw rawFiles) pki.Files {
+	return pki.Files{
+		CA:   r.path(at+".ca", raw.CA, ""),
+		Cert: r.path(at+".cert", raw.Cert, ""),
+		Key:  r.path(at+".key", raw.Key, ""),
+	}
+}
+
+// socket takes a unix socket's path, which the kernel bounds at 107 bytes.
+func (r *reader) socket(field, text, def string) string {
+	p := r.path(field, text, def)
+	if len(p) > 107 {
+		r.fault(field, "%s has %d characters, a unix socket's path at most 107", p, len(p))
+	}
+	return p
+}
+
+func listener(s string) (netip.AddrPort, error) {
+	a, err := netip.ParseAddrPort(s)
+	if err != nil || a.Port() == 0 {
+		return netip.AddrPort{}, fmt.Errorf("want ADDRESS:PORT to listen on, such as 192.0.2.1:8441 or [2001:db8::1]:8441")
+	}
+	if a.Addr().IsMulticast() {
+		return netip.AddrPort{}, fmt.Errorf("is a multicast address")
+	}
+	return a, nil
+}
+
+func remote(s string) (netip.AddrPort, error) {
+	a, err := listener(s)
+	if err == nil && a.Addr().IsUnspecified() {
+		err = fmt.Errorf("want the address the peer listens on")
+	}
+	return a, err
+}
+
+func parseUUID(s string) (uuid.UUID, error) {
+	if len(s) != 36 {
+		return uuid.Nil, fmt.Errorf("want a UUID of 36 characters")
+	}
+	u, err := uuid.Parse(s)
+	if err == nil && u == uuid.Nil {
+		err = fmt.Errorf("is the nil UUID")
+	}
+	return u, err
+}
+
+func parseLevel(s string) (l slog.Level, err error) {
+	w, err := oneOf("debug", "info", "warn", "error")(s)
+	if err != nil {
+		return 0, err
+	}
+	return l, l.UnmarshalText([]byte(w))
+}
