@@ -1,0 +1,175 @@
+package operator
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/q-ipsec/q-ipsec/kms/key"
+)
+
+// ErrNotFound is what the interfaces below return, wrapped, for a key,
+// connection or pool that is not there; the API answers 404.
+var ErrNotFound = errors.New("not found")
+
+// Status is the node at a glance.
+type Status struct {
+	Node    string    `json:"node"`
+	Version string    `json:"version"`
+	Started time.Time `json:"started"`
+	Roles   []string  `json:"roles"` // kms, ipsec
+	Pools   []Pool    `json:"pools,omitempty"`
+	Tunnels []Tunnel  `json:"tunnels,omitempty"`
+	Alarms  []Event   `json:"alarms,omitempty"` // the latest alarms, newest first
+}
+
+// Pool is the master keys shared with one peer over one QKD pair. Counts are
+// keys of both owners unless said otherwise.
+type Pool struct {
+	ID        uuid.UUID `json:"id"`
+	Peer      string    `json:"peer"`
+	Role      string    `json:"role"`
+	Class     string    `json:"class"`
+	Received  int       `json:"received"`   // waiting for M102
+	Active    int       `json:"active"`     // agreed, on disk
+	OwnActive int       `json:"own_active"` // of them, ours to lease
+	Leased    int       `json:"leased"`     // ours, in memory, ready to supply
+	Synced    bool      `json:"synced"`     // the peer has confirmed where both stand
+	NewestSeq uint64    `json:"newest_seq"` // of the newest QKD-Key file
+	Mark      string    `json:"mark"`       // seq/index up to which our keys are leased
+	PeerMark  string    `json:"peer_mark"`  // likewise the peer's keys
+}
+
+// Key is where one key is in its life.
+type Key struct {
+	ID       key.ID    `json:"id"`
+	Pool     uuid.UUID `json:"pool"`
+	Position string    `json:"position"` // seq/index
+	Class    string    `json:"class"`
+	State    string    `json:"state"`
+	Owner    string    `json:"owner"` // own, peer
+}
+
+// HistoryQuery selects usage history; zero fields select all.
+type HistoryQuery struct {
+	Pool  uuid.UUID
+	Key   key.ID
+	Limit int // at most MaxList entries, newest first; 0: 100
+}
+
+// Usage is one line of the usage history: what became of one key or of several.
+type Usage struct {
+	Time     time.Time `json:"time"`
+	Pool     uuid.UUID `json:"pool"`
+	Key      *key.ID   `json:"key,omitempty"`
+	Position string    `json:"position,omitempty"`
+	State    string    `json:"state"`
+	Count    int       `json:"count"`
+	Text     string    `json:"text,omitempty"`
+}
+
+// Event is something an operator may have to know.
+type Event struct {
+	Time       time.Time `json:"time"`
+	Severity   string    `json:"severity"` // alarm, fault, run
+	Code       string    `json:"code"`
+	Source     string    `json:"source"` // kma, ksa, ike, node
+	Connection string    `json:"connection,omitempty"`
+	Peer       string    `json:"peer,omitempty"`
+	Text       string    `json:"text"`
+}
+
+// Tunnel is one connection as it is and as it shall be.
+type Tunnel struct {
+	Connection string  `json:"connection"`
+	Policy     string  `json:"policy"`
+	Mix        string  `json:"mix"`
+	KME        string  `json:"kme"`
+	LocalSAE   string  `json:"local_sae"`
+	PeerSAE    string  `json:"peer_sae"`
+	State      string  `json:"state"` // up, down, waiting, off
+	Why        string  `json:"why,omitempty"`
+	Children   []Child `json:"children"`
+}
+
+// Child is one CHILD_SA of a tunnel.
+type Child struct {
+	Name  string `json:"name"`
+	State string `json:"state"`
+	SPIIn string `json:"spi_in,omitempty"`
+	// SPIOut and the key follow once the child is up.
+	SPIOut   string `json:"spi_out,omitempty"`
+	KeyID    string `json:"key_id,omitempty"`
+	KeyClass string `json:"key_class,omitempty"`
+	AgeS     int64  `json:"age_s,omitempty"`
+	BytesIn  uint64 `json:"bytes_in,omitempty"`
+	BytesOut uint64 `json:"bytes_out,omitempty"`
+}
+
+// SA is one entry of the kernel's SAD that this node installed.
+type SA struct {
+	Connection  string `json:"connection"`
+	Child       string `json:"child,omitempty"`
+	Direction   string `json:"direction"` // in, out
+	Src         string `json:"src"`
+	Dst         string `json:"dst"`
+	SPI         string `json:"spi"`
+	Algorithm   string `json:"algorithm"`
+	KeyID       string `json:"key_id"`
+	Fingerprint string `json:"fingerprint"` // of the SA's key; equal on both ends
+	Committed   bool   `json:"committed"`
+	Bytes       uint64 `json:"bytes"`
+	Packets     uint64 `json:"packets"`
+}
+
+// Explanation answers why a connection is up or not: the checks in the order in
+// which a tunnel depends on them.
+type Explanation struct {
+	Connection string  `json:"connection"`
+	Up         bool    `json:"up"`
+	Checks     []Check `json:"checks"`
+	Events     []Event `json:"events,omitempty"` // the connection's latest, newest first
+}
+
+// Check is one thing a tunnel needs.
+type Check struct {
+	What   string `json:"what"`
+	OK     bool   `json:"ok"`
+	Text   string `json:"text"`
+	Advice string `json:"advice,omitempty"` // what to do; empty if OK
+}
+
+// Action is what may be done to a tunnel.
+type Action string
+
+// The actions.
+const (
+	Initiate  Action = "initiate"
+	Rekey     Action = "rekey"
+	Terminate Action = "terminate"
+)
+
+// Node is what every node can tell.
+type Node interface {
+	Status(ctx context.Context) (Status, error)
+	// Events gives at most limit events, newest first, of one connection if
+	// it is not empty.
+	Events(ctx context.Context, connection string, limit int) ([]Event, error)
+}
+
+// Keys is the [kms] role. Find wraps ErrNotFound.
+type Keys interface {
+	Pools(ctx context.Context) ([]Pool, error)
+	Find(ctx context.Context, id key.ID) (Key, error)
+	History(ctx context.Context, q HistoryQuery) ([]Usage, error)
+}
+
+// Tunnels is the [ipsec] role. Explain and Do wrap ErrNotFound.
+type Tunnels interface {
+	Tunnels(ctx context.Context) ([]Tunnel, error)
+	SAs(ctx context.Context) ([]SA, error)
+	Explain(ctx context.Context, connection string) (Explanation, error)
+	Do(ctx context.Context, connection string, a Action) error
+}
