@@ -1,0 +1,110 @@
+/*
+ * qipsec: charon's end of Q-IPsec.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * This program is free software; you can redistribute it and/or modify it
+ * under the terms of the GNU General Public License as published by the
+ * Free Software Foundation; either version 2 of the License, or (at your
+ * option) any later version. See <http://www.fsf.org/copyleft/gpl.txt>.
+ *
+ * It is distributed in the hope that it will be useful, but WITHOUT ANY
+ * WARRANTY; without even the implied warranty of MERCHANTABILITY or FITNESS
+ * FOR A PARTICULAR PURPOSE. See the GNU General Public License for more
+ * details.
+ */
+
+/*
+ * The plugin holds no policy: it asks qipsecd (docs/plugin-protocol.md) and
+ * refuses what qipsecd does not allow. Its parts:
+ *
+ *   qipsec_plugin.c  loading, settings, taking and giving back the hooks
+ *   qipsec_ike.c     Key-ID in Ni, notifies, derive_child_keys and its token
+ *   qipsec_kernel.c  add_sa, query_sa, update_sa
+ *   qipsec_socket.c  frames, calls with their limits, standing connection
+ */
+
+#ifndef QIPSEC_H_
+#define QIPSEC_H_
+
+#include <daemon.h>
+
+#include "qipsec_protocol.h"
+
+/** One frame, being written or just read. It may hold keys: frame_wipe(). */
+typedef struct {
+	uint8_t b[QI_MAX_FRAME];
+	size_t len;
+	/** a TLV did not fit: the frame is never sent */
+	bool overflow;
+} qi_frame_t;
+
+/** One call of qipsecd. call_init(), the TLVs, call_run(), call_done(). */
+typedef struct {
+	qi_frame_t frame;
+	int fd;
+	/** of the request, for messages */
+	const char *name;
+	/** CLOCK_MONOTONIC, in ns */
+	uint64_t deadline;
+	/** type of the answer */
+	uint8_t kind;
+	/** why call_run() or call_next() gave FALSE; one line, no secrets */
+	char why[512];
+} qi_call_t;
+
+/** Starts the plugin's standing connection; socket stays the caller's. */
+bool qi_socket_start(const char *socket);
+
+/** Ends it and waits for its thread. */
+void qi_socket_stop(void);
+
+/** Opens a request. The deadline of the whole call begins here. */
+void qi_call_init(qi_call_t *call, uint8_t kind);
+
+/** Sends the request and reads the answer; FALSE: refused, failed or late. */
+bool qi_call_run(qi_call_t *call);
+
+/** Sends a frame without TLVs in the same call and reads the next answer. */
+bool qi_call_next(qi_call_t *call, uint8_t kind);
+
+/** Sends the request only, without ever waiting. */
+void qi_call_tell(qi_call_t *call);
+
+/** Closes and wipes. */
+void qi_call_done(qi_call_t *call);
+
+void qi_put(qi_call_t *call, uint16_t tag, const void *value, size_t len);
+void qi_put_u8(qi_call_t *call, uint16_t tag, uint8_t value);
+void qi_put_u16(qi_call_t *call, uint16_t tag, uint16_t value);
+void qi_put_u32(qi_call_t *call, uint16_t tag, uint32_t value);
+void qi_put_u64(qi_call_t *call, uint16_t tag, uint64_t value);
+
+/** Finds a TLV of the answer, of min to max bytes; borrowed. */
+bool qi_get(qi_call_t *call, uint16_t tag, size_t min, size_t max, chunk_t *value);
+
+/** Number in a TLV of the answer, 8 bytes big-endian. */
+bool qi_get_u64(qi_call_t *call, uint16_t tag, uint64_t *value);
+
+/** TRUE if the setting `off` names this connection. */
+bool qi_off(ike_sa_t *ike_sa);
+
+/** Why nothing may be set up in this charon; NULL if all is well. */
+const char *qi_unfit(void);
+
+/** The keymat hook, for keymat_register_constructor(). */
+keymat_t *qi_keymat_create(bool initiator);
+
+bool qi_ike_start(void);
+void qi_ike_stop(void);
+
+bool qi_kernel_start(void);
+void qi_kernel_stop(void);
+
+/**
+ * Announces the two tokens of a CHILD_SA to the add_sa hook, which takes each
+ * once, soon and in this process only.
+ */
+bool qi_expect(chunk_t encr_i, chunk_t integ_i, chunk_t encr_r, chunk_t integ_r);
+
+#endif /** QIPSEC_H_ */
