@@ -1,10 +1,6 @@
 package sad
 
 import (
-	"fmt"
-	"net/netip"
-	"strings"
-
 	"github.com/q-ipsec/q-ipsec/kms/key"
 	"github.com/q-ipsec/q-ipsec/sad/xfrm"
 )
@@ -49,36 +45,4 @@ type Owner struct {
 	Connection string
 	KeyID      key.ID // zero for a classical SA
 	Mix        Mix
-}
-
-// ParseTS reads a traffic selector in charon's text form ("10.1.0.0/24",
-// "192.0.2.1/32[tcp/80]", "10.0.0.4..10.0.0.7") as the smallest prefix that
-// holds it. Protocol and ports are dropped, as charon does for the selector of
-// a transport mode SA by default.
-func ParseTS(s string) (netip.Prefix, error) {
-	text, _, _ := strings.Cut(s, "[")
-	if from, to, isRange := strings.Cut(text, ".."); isRange {
-		a, errA := netip.ParseAddr(from)
-		b, errB := netip.ParseAddr(to)
-		if errA != nil || errB != nil || a.BitLen() != b.BitLen() || b.Less(a) {
-			return netip.Prefix{}, fmt.Errorf("sad: traffic selector %q is not a range of addresses", s)
-		}
-		bits := a.BitLen()
-		for netip.PrefixFrom(a, bits).Masked().Addr() != netip.PrefixFrom(b, bits).Masked().Addr() {
-			bits--
-		}
-		return netip.PrefixFrom(a, bits).Masked(), nil
-	}
-	if !strings.Contains(text, "/") {
-		a, err := netip.ParseAddr(text)
-		if err != nil {
-			return netip.Prefix{}, fmt.Errorf("sad: traffic selector %q: %w", s, err)
-		}
-		return netip.PrefixFrom(a, a.BitLen()), nil
-	}
-	p, err := netip.ParsePrefix(text)
-	if err != nil {
-		return netip.Prefix{}, fmt.Errorf("sad: traffic selector %q: %w", s, err)
-	}
-	return p.Masked(), nil
 }

@@ -15,7 +15,7 @@ var (
 	ErrNotFound = errors.New("not in the kernel")
 	// ErrSequence: adding 2^20 to the outbound sequence number would wrap it.
 	ErrSequence = errors.New("sequence numbers used up")
-	// ErrTimeout: the kernel gave no answer in time; what was asked may have
-	// been done.
-	ErrTimeout = errors.New("no answer from the kernel in time")
+	// ErrUnknown: the request left, its result was not seen (no answer in time,
+	// a damaged answer). It may have been carried out.
+	ErrUnknown = errors.New("the kernel's answer was not seen")
 )

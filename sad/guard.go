@@ -1,0 +1,243 @@
+package sad
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/q-ipsec/q-ipsec/sad/xfrm"
+)
+
+// The priorities of guard policies, by which they are known as such. All of
+// charon's lie below 400,000 and win (the lowest number does); between them the
+// allow rules win.
+const (
+	GuardAllow uint32 = 0x51495052
+	GuardBlock uint32 = 0x51495053
+)
+
+const (
+	protoICMPv6 = 58
+	ndFirst     = 133 // router solicitation (RFC 4861)
+	ndLast      = 137 // redirect
+)
+
+// spd is what Guard needs of sad/xfrm.
+type spd interface {
+	AddPolicy(ctx context.Context, p xfrm.Policy) error
+	DeletePolicy(ctx context.Context, p xfrm.Policy) error
+	Policies(ctx context.Context) ([]xfrm.Policy, error)
+}
+
+// Channel is traffic of our own that must pass although it goes to a protected
+// network in the clear: IKE, the channel between two KMAs, SFTP of a QKDE that
+// lies there. It has its own protection.
+type Channel struct {
+	Remote                netip.Prefix
+	Protocol              uint8  // 6 TCP, 17 UDP
+	LocalPort, RemotePort uint16 // 0: any
+}
+
+// GuardConfig says what the guard protects.
+type GuardConfig struct {
+	Remotes []netip.Prefix // remote_ts of every connection with policy required
+	Allow   []Channel
+}
+
+// Guard keeps traffic to and from protected networks from passing in the clear
+// while there is no IPsec policy of charon for it: before charon runs, after it
+// crashed, while nothing is up. It is policies of lowest precedence in the SPD:
+// out to R, and in and fwd from R, dropped.
+//
+// Not covered: connections with an if_id (the kernel asks only policies of that
+// if_id; they need a blackhole route), packets of sockets with a policy of their
+// own (charon's IKE sockets, on purpose), loopback.
+type Guard struct{ spd spd }
+
+// NewGuard makes a Guard. The SPD, *xfrm.Conn outside tests, is borrowed.
+func NewGuard(s spd) *Guard { return &Guard{spd: s} }
+
+// halves splits "any" of R's family. The guard's selectors hold them instead of
+// 0.0.0.0/0 or ::/0, because charon's policy for a local_ts of "any" has that
+// selector: the kernel would refuse the second one, and a removal of ours by
+// selector would remove charon's. A local_ts that is itself one of the halves
+// must not be configured.
+func halves(r netip.Prefix) [2]netip.Prefix {
+	if r.Addr().Is4() {
+		return [2]netip.Prefix{netip.MustParsePrefix("0.0.0.0/1"), netip.MustParsePrefix("128.0.0.0/1")}
+	}
+	return [2]netip.Prefix{netip.MustParsePrefix("::/1"), netip.MustParsePrefix("8000::/1")}
+}
+
+// Policies gives the policies that the guard of c consists of.
+func (c GuardConfig) Policies() ([]xfrm.Policy, error) {
+	var all []xfrm.Policy
+	seen := map[xfrm.Policy]bool{}
+	add := func(p xfrm.Policy) {
+		if s := p.Selector(); !seen[s] {
+			seen[s] = true
+			all = append(all, p)
+		}
+	}
+	for _, r := range c.Remotes {
+		if !r.IsValid() || r != r.Masked() || r.Addr().Is4In6() {
+			return nil, fmt.Errorf("sad: guard: %v is not a network prefix", r)
+		}
+		for _, p := range blocks(r) {
+			add(p)
+		}
+	}
+	for _, ch := range c.Allow {
+		if !ch.Remote.IsValid() || ch.Remote != ch.Remote.Masked() || ch.Remote.Addr().Is4In6() {
+			return nil, fmt.Errorf("sad: guard: channel to %v: not a network prefix", ch.Remote)
+		}
+		if ch.Protocol == 0 {
+			return nil, fmt.Errorf("sad: guard: channel to %v names no protocol", ch.Remote)
+		}
+		for _, p := range ch.allows() {
+			add(p)
+		}
+	}
+	return all, nil
+}
+
+// blocks are the guard's policies for one protected network.
+func blocks(r netip.Prefix) []xfrm.Policy {
+	var all []xfrm.Policy
+	for _, half := range halves(r) {
+		all = append(all,
+			xfrm.Policy{Dir: xfrm.Out, Src: half, Dst: r, Block: true, Priority: GuardBlock},
+			xfrm.Policy{Dir: xfrm.In, Src: r, Dst: half, Block: true, Priority: GuardBlock},
+			xfrm.Policy{Dir: xfrm.Fwd, Src: r, Dst: half, Block: true, Priority: GuardBlock})
+		if r.Addr().Is4() {
+			continue
+		}
+		// Without neighbour discovery the peer's own address could not be
+		// reached if it lies in r and on our link. These messages are never
+		// forwarded (hop limit 255).
+		for typ := uint16(ndFirst); typ <= ndLast; typ++ {
+			all = append(all,
+				xfrm.Policy{Dir: xfrm.Out, Src: half, Dst: r, Protocol: protoICMPv6, SrcPort: typ, Priority: GuardAllow},
+				xfrm.Policy{Dir: xfrm.In, Src: r, Dst: half, Protocol: protoICMPv6, SrcPort: typ, Priority: GuardAllow})
+		}
+	}
+	return all
+}
+
+// allows are the policies for one channel: both ways, never forwarded.
+func (ch Channel) allows() []xfrm.Policy {
+	var all []xfrm.Policy
+	for _, half := range halves(ch.Remote) {
+		all = append(all,
+			xfrm.Policy{Dir: xfrm.Out, Src: half, Dst: ch.Remote, Protocol: ch.Protocol, SrcPort: ch.LocalPort, DstPort: ch.RemotePort, Priority: GuardAllow},
+			xfrm.Policy{Dir: xfrm.In, Src: ch.Remote, Dst: half, Protocol: ch.Protocol, SrcPort: ch.RemotePort, DstPort: ch.LocalPort, Priority: GuardAllow})
+	}
+	return all
+}
+
+func ofGuard(p xfrm.Policy) bool {
+	return !p.Templates && (p.Block && p.Priority == GuardBlock || !p.Block && p.Priority == GuardAllow)
+}
+
+// Install adds what is missing of the guard of c, allow rules first so that our
+// own channels are never cut, and then removes allow rules that c does not have.
+// Blocks that c does not have stay until Remove: a network that was protected
+// does not become clear by a change of configuration. It may be called again at
+// any time. A policy of another owner with a selector of the guard's is an error
+// that names it; the rest is installed nevertheless.
+func (g *Guard) Install(ctx context.Context, c GuardConfig) error {
+	want, err := c.Policies()
+	if err != nil {
+		return err
+	}
+	have, err := g.spd.Policies(ctx)
+	if err != nil {
+		return err
+	}
+	present := map[xfrm.Policy]xfrm.Policy{}
+	for _, p := range have {
+		present[p.Selector()] = p
+	}
+	var errs []error
+	wanted := map[xfrm.Policy]bool{}
+	for _, block := range []bool{false, true} {
+		for _, p := range want {
+			if p.Block != block {
+				continue
+			}
+			wanted[p.Selector()] = true
+			if err := g.ensure(ctx, p, present); err != nil {
+				errs = append(errs, err)
+			}
+		}
+	}
+	for _, p := range have {
+		if ofGuard(p) && !p.Block && !wanted[p.Selector()] {
+			if err := g.spd.DeletePolicy(ctx, p); err != nil && !errors.Is(err, xfrm.ErrNotFound) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (g *Guard) ensure(ctx context.Context, p xfrm.Policy, present map[xfrm.Policy]xfrm.Policy) error {
+	if old, ok := present[p.Selector()]; ok {
+		if ofGuard(old) && old.Block == p.Block {
+			return nil
+		}
+		if !ofGuard(old) {
+			return fmt.Errorf("sad: guard: %v: another policy (priority %d) has that selector: %w", p, old.Priority, xfrm.ErrExists)
+		}
+		if err := g.spd.DeletePolicy(ctx, old); err != nil && !errors.Is(err, xfrm.ErrNotFound) {
+			return err
+		}
+	}
+	return g.spd.AddPolicy(ctx, p)
+}
+
+// Remove removes all policies of any guard, known by their priorities, blocks
+// last. Only an operator asks for it.
+func (g *Guard) Remove(ctx context.Context) error {
+	have, err := g.spd.Policies(ctx)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, block := range []bool{false, true} {
+		for _, p := range have {
+			if !ofGuard(p) || p.Block != block {
+				continue
+			}
+			if err := g.spd.DeletePolicy(ctx, p); err != nil && !errors.Is(err, xfrm.ErrNotFound) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Installed tells whether all policies of the guard of c are in place.
+func (g *Guard) Installed(ctx context.Context, c GuardConfig) (bool, error) {
+	want, err := c.Policies()
+	if err != nil {
+		return false, err
+	}
+	have, err := g.spd.Policies(ctx)
+	if err != nil {
+		return false, err
+	}
+	present := map[xfrm.Policy]bool{}
+	for _, p := range have {
+		if ofGuard(p) {
+			present[p.Selector()] = true
+		}
+	}
+	for _, p := range want {
+		if !present[p.Selector()] {
+			return false, nil
+		}
+	}
+	return true, nil
+}
