@@ -37,11 +37,12 @@ func (r *reader) ipsec(raw *rawIPsec, n *Node) *IPsec {
 	for i, k := range raw.KME {
 		at := fmt.Sprintf("ipsec.kme[%d].", i)
 		kme := KME{
-			Name:   need(r, at+"name", k.Name, checked(checkVPNName)),
-			URL:    need(r, at+"url", k.URL, parseKMEURL),
-			Files:  r.files(strings.TrimSuffix(at, "."), k.rawFiles),
-			TLS12:  k.TLS12,
-			UseGET: k.UseGET,
+			Name:      need(r, at+"name", k.Name, checked(checkVPNName)),
+			URL:       need(r, at+"url", k.URL, parseKMEURL),
+			Files:     r.files(strings.TrimSuffix(at, "."), k.rawFiles),
+			TLS12:     k.TLS12,
+			UseGET:    k.UseGET,
+			StringIDs: k.StringIDs,
 		}
 		if kme.Name == Local {
 			r.fault(at+"name", "%q is this node's own KSA", Local)
@@ -233,8 +234,8 @@ func identity(s string) error {
 
 func parseKMEURL(s string) (string, error) {
 	u, err := url.Parse(s)
-	if err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || strings.Trim(u.Path, "/") != "" {
-		return "", fmt.Errorf("want https://HOST[:PORT], nothing behind it")
+	if err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+		return "", fmt.Errorf("want https://HOST[:PORT], and a path if the API is not at the standard's")
 	}
-	return "https://" + u.Host, nil
+	return strings.TrimSuffix(u.String(), "/"), nil
 }

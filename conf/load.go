@@ -100,6 +100,7 @@ func (r *reader) kms(raw *rawKMS, tls *rawTLS, self string) *KMS {
 		NoticeTTL:       parse(r, "kms.notice_ttl", raw.NoticeTTL, defaultNoticeTTL, span(time.Second, time.Hour)),
 		RatchetInterval: parse(r, "kms.ratchet_interval", raw.RatchetInterval, defaultRatchet, span(time.Second, defaultRatchet)),
 		RatchetKeys:     int(r.number("kms.ratchet_keys", raw.RatchetKeys, defaultRatchetKeys, 1, defaultRatchetKeys)),
+		RetryWindow:     parse(r, "kms.retry_window", raw.RetryWindow, 0, span(0, time.Minute)),
 		Reserve:         int(r.number("kms.reserve", raw.Reserve, 0, 0, 1<<16)),
 	}
 	if k.Type2Listen.IsValid() {
@@ -168,7 +169,7 @@ func (r *reader) sae(at string, raw rawSAE, nodes, ids map[string]string) SAE {
 		IPsec:       raw.IPsec,
 		Peers:       raw.Peers,
 		Rate:        int(r.number(at+"rate", raw.Rate, 0, 0, 1<<30)),
-		RetryWindow: parse(r, at+"retry_window", raw.RetryWindow, 0, span(0, time.Minute)),
+		NotFound404: raw.NotFound404,
 	}
 	s.Burst = int(r.number(at+"burst", raw.Burst, int64(s.Rate), 0, 1<<30))
 	if s.Burst > 0 && s.Rate == 0 {
@@ -183,8 +184,8 @@ func (r *reader) sae(at string, raw rawSAE, nodes, ids map[string]string) SAE {
 	}
 	if local := nodes[s.Node] == "node.name"; local && len(s.Peers) == 0 {
 		r.fault(at+"peers", "is missing: the SAEs that %q may share keys with", s.ID)
-	} else if !local && (len(s.Peers) > 0 || s.Rate > 0 || s.RetryWindow > 0) {
-		r.fault(at+"node", "peers, rate and retry_window are set where the SAE is, at node %q", s.Node)
+	} else if !local && (len(s.Peers) > 0 || s.Rate > 0 || s.NotFound404) {
+		r.fault(at+"node", "peers, rate and not_found_404 are set where the SAE is, at node %q", s.Node)
 	}
 	return s
 }

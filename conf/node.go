@@ -44,6 +44,7 @@ type KMS struct {
 	NoticeTTL       time.Duration // how long the slave SAE has to fetch a supplied key
 	RatchetInterval time.Duration // at most this long a destroyed key's data key lives
 	RatchetKeys     int           // nor for more than so many leased keys
+	RetryWindow     time.Duration // an identical dec_keys is answered again for so long; 0 is the standard
 	Reserve         int           // keys per peer node that only IPsec SAEs may have
 
 	Peers []Peer
@@ -84,12 +85,12 @@ type Pair struct {
 // SAE is a consumer of keys that this node's KSA knows, local or at a peer.
 type SAE struct {
 	ID          string
-	Node        string        // this node, or a peer
-	IPsec       bool          // [ipsec] of its node: served in process there, may use the reserve
-	Peers       []string      // of a local SAE: those it may share keys with
-	Rate        int           // keys a second, 0: no limit
-	Burst       int           // keys at once; 0: one second's
-	RetryWindow time.Duration // identical dec_keys are answered again for so long; 0 is the standard
+	Node        string   // this node, or a peer
+	IPsec       bool     // [ipsec] of its node: served in process there, may use the reserve
+	Peers       []string // of a local SAE: those it may share keys with
+	Rate        int      // keys a second, 0: no limit
+	Burst       int      // keys at once; 0: one second's
+	NotFound404 bool     // it needs 404, not the standard's 400, for a key that is not there
 }
 
 // IPsec is the role of an SAE that keys tunnels through charon.
@@ -105,10 +106,12 @@ type IPsec struct {
 // KME is a key supplier of another maker, spoken to over ETSI GS QKD 014.
 type KME struct {
 	Name   string
-	URL    string // https://host[:port], without the path of the standard
+	URL    string // https://host[:port], and a path if its API is not at the standard's
 	Files  pki.Files
 	TLS12  bool // it cannot speak TLS 1.3
 	UseGET bool // it does not take POST; every GET uses a fresh connection
+	// StringIDs: it takes {"key_IDs":["..."]} instead of the standard's objects.
+	StringIDs bool
 }
 
 // Local is the KME name of this node's own KSA.

@@ -46,6 +46,7 @@ type rawKMS struct {
 	NoticeTTL       string    `toml:"notice_ttl"`
 	RatchetInterval string    `toml:"ratchet_interval"`
 	RatchetKeys     *int64    `toml:"ratchet_keys"`
+	RetryWindow     string    `toml:"retry_window"`
 	Reserve         *int64    `toml:"reserve"`
 	Peer            []rawPeer `toml:"peer"`
 	Pair            []rawPair `toml:"pair"`
@@ -78,7 +79,7 @@ type rawSAE struct {
 	Peers       []string `toml:"peers"`
 	Rate        *int64   `toml:"rate"`
 	Burst       *int64   `toml:"burst"`
-	RetryWindow string   `toml:"retry_window"`
+	NotFound404 bool     `toml:"not_found_404"`
 }
 
 type rawIPsec struct {
@@ -96,8 +97,9 @@ type rawKME struct {
 	Name string `toml:"name"`
 	URL  string `toml:"url"`
 	rawFiles
-	TLS12  bool `toml:"tls12"`
-	UseGET bool `toml:"use_get"`
+	TLS12     bool `toml:"tls12"`
+	UseGET    bool `toml:"use_get"`
+	StringIDs bool `toml:"string_ids"`
 }
 
 type rawConnection struct {
