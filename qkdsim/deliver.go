@@ -29,33 +29,11 @@ func tempName(name string) string { return "." + name + ".tmp" }
 type Local struct{ Dir string }
 
 // Deliver writes, fsyncs and renames. The file's mode is 0600.
-func (l Local) Deliver(_ context.Context, name string, data []byte) (err error) {
-	tmp := filepath.Join(l.Dir, tempName(name))
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
+func (l Local) Deliver(_ context.Context, name string, data []byte) error {
+	if err := writeFile(l.Dir, name, data); err != nil {
 		return fmt.Errorf("qkdsim: deliver %s: %w", name, err)
 	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(tmp)
-			err = fmt.Errorf("qkdsim: deliver %s: %w", name, err)
-		}
-	}()
-	_, err = f.Write(data)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	if err = os.Rename(tmp, filepath.Join(l.Dir, name)); err != nil {
-		return err
-	}
-	d, err := os.Open(l.Dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return nil
 }
 
 // Close does nothing: a directory holds nothing open.
@@ -180,4 +158,33 @@ func (s *SFTP) Close() error {
 	}
 	s.client, s.ssh, s.conn = nil, nil, nil
 	return err
+}
+
+// writeFile puts a whole file of mode 0600 into dir or none.
+func writeFile(dir, name string, data []byte) (err error) {
+	tmp := filepath.Join(dir, tempName(name))
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = os.Remove(tmp)
+		}
+	}()
+	_, err = f.Write(data)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err = os.Rename(tmp, filepath.Join(dir, name)); err != nil {
+		return err
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
