@@ -1,0 +1,231 @@
+package ksa
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/q-ipsec/q-ipsec/kms/key"
+)
+
+// Notices are delivered in the background, all of them, also when sending fails
+// at first.
+func TestNoticesAreDelivered(t *testing.T) {
+	a, b := twoSites(t, 300, nil)
+	fails := 3
+	a.peers.send = func(ns []Notice) ([]Notice, error) {
+		if fails > 0 {
+			fails--
+			return nil, errors.New("link down")
+		}
+		return ns, nil
+	}
+	var all []key.SupplyKey
+	for range 3 {
+		all = append(all, mustGet(t, a, "a1", "b1", 100, 256)...)
+	}
+	a.run(t)
+	eventually(t, "all notices at the peer", func() bool { return b.in.n.Load() == 300 })
+	eventually(t, "nothing left to send", func() bool {
+		_, ok := a.Issued("b", all[299].ID)
+		return !ok
+	})
+	b.peers.pull = func(context.Context) error { return errors.New("there is nothing to pull") }
+	got, err := fetch(t, b, "b1", "a1", ids(all[:128]), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	equalKeys(t, all[:128], got)
+}
+
+// At the end of Run what is unsent is sent.
+func TestNoticesAreFlushedAtTheEnd(t *testing.T) {
+	a, b := twoSites(t, 2, nil)
+	up := make(chan struct{})
+	a.peers.send = func(ns []Notice) ([]Notice, error) {
+		select {
+		case <-up:
+			return ns, nil
+		default:
+			return nil, errors.New("link down")
+		}
+	}
+	stop := a.run(t)
+	mustGet(t, a, "a1", "b1", 2, 256)
+	eventually(t, "a first attempt", func() bool { sent, _ := a.peers.count(); return sent > 0 })
+	close(up)
+	stop()
+	if b.in.n.Load() != 2 {
+		t.Errorf("%d notices arrived", b.in.n.Load())
+	}
+}
+
+func TestLostNoticeIsPulled(t *testing.T) {
+	a, b := twoSites(t, 5, nil) // nobody runs: no notice is sent
+	x := mustGet(t, a, "a1", "b1", 5, 256)
+	got, err := fetch(t, b, "b1", "a1", ids(x), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	equalKeys(t, x, got)
+	if _, pulls := b.peers.count(); pulls != 5 {
+		t.Errorf("%d pulls", pulls)
+	}
+	if _, ok := a.Issued("c", x[0].ID); ok {
+		t.Error("a third node may pull the notice")
+	}
+}
+
+// A peer that does not answer makes the call unavailable within the bound; the
+// key is still there afterwards.
+func TestSilentPeer(t *testing.T) {
+	a, b := twoSites(t, 2, func(o *Options) { o.PullTimeout = 20 * time.Millisecond })
+	x := mustGet(t, a, "a1", "b1", 2, 256)
+	b.peers.pull = func(ctx context.Context) error {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	_, err := fetch(t, b, "b1", "a1", ids(x), 0)
+	wantKind(t, err, "unavailable")
+	b.peers.pull = nil
+	if _, err := fetch(t, b, "b1", "a1", ids(x), 0); err != nil {
+		t.Error(err)
+	}
+}
+
+// More pulls than may be under way at once still end in the bound.
+func TestPullsAreBounded(t *testing.T) {
+	a, b := twoSites(t, 0, func(o *Options) { o.PullTimeout = 20 * time.Millisecond })
+	_ = a
+	b.peers.pull = func(ctx context.Context) error {
+		if len(b.pulls) > maxPulls {
+			return errors.New("too many at once")
+		}
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	many := make([]key.ID, 128)
+	for i := range many {
+		many[i] = key.ID{byte(i + 1), 1}
+	}
+	_, err := fetch(t, b, "b1", "a1", many, 0)
+	wantKind(t, err, "unavailable")
+	if _, pulls := b.peers.count(); pulls != maxPulls {
+		t.Errorf("%d pulls, want %d", pulls, maxPulls)
+	}
+	if len(b.pulls) != 0 {
+		t.Error("slots are not given back")
+	}
+}
+
+func TestReceiveRefusesWhatIsNotThePeers(t *testing.T) {
+	_, b := twoSites(t, 1, nil)
+	good := Notice{
+		Pool: b.keys.pool, Position: key.At(1, 0), KeyID: key.ID{9}, MasterSAE: "a1", SlaveSAEs: []string{"b1"},
+		SizeBits: 256, TTL: time.Minute,
+	}
+	for name, change := range map[string]func(*Notice){
+		"unknown master":        func(n *Notice) { n.MasterSAE = "zz" },
+		"our own SAE as master": func(n *Notice) { n.MasterSAE = "b1" },
+		"unknown slave":         func(n *Notice) { n.SlaveSAEs = []string{"zz"} },
+		"slave not here":        func(n *Notice) { n.SlaveSAEs = []string{"a2"} },
+		"pair not allowed":      func(n *Notice) { n.SlaveSAEs = []string{"b2"} },
+		"no slave":              func(n *Notice) { n.SlaveSAEs = nil },
+		"two slaves":            func(n *Notice) { n.SlaveSAEs = []string{"b1", "b2"} },
+		"no key":                func(n *Notice) { n.KeyID = key.ID{} },
+		"size 0":                func(n *Notice) { n.SizeBits = 0 },
+		"size 257":              func(n *Notice) { n.SizeBits = 257 },
+		"huge size":             func(n *Notice) { n.SizeBits = 1 << 30 },
+		"no TTL":                func(n *Notice) { n.TTL = 0 },
+		"endless TTL":           func(n *Notice) { n.TTL = 24 * time.Hour },
+	} {
+		n := good
+		change(&n)
+		before := b.count(Refused)
+		if err := b.Receive(t.Context(), "a", []Notice{n}); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if b.count(Refused) != before+1 || b.in.n.Load() != 0 {
+			t.Errorf("%s: not refused", name)
+		}
+	}
+	if err := b.Receive(t.Context(), "c", []Notice{good}); err != nil || b.in.n.Load() != 0 {
+		t.Error("a notice of node a's SAE was taken from node c")
+	}
+	bad := good
+	bad.MasterSAE = "zz"
+	if err := b.Receive(t.Context(), "a", []Notice{bad, good, good}); err != nil || b.in.n.Load() != 1 {
+		t.Errorf("good ones beside a bad one: %d, %v", b.in.n.Load(), err)
+	}
+	before := b.count(Refused)
+	changed := good
+	changed.SizeBits = 128
+	_ = b.Receive(t.Context(), "a", []Notice{changed})
+	if got := b.in.get(good.KeyID); b.count(Refused) != before+1 || got.SizeBits != 256 {
+		t.Error("a second notice changed the first")
+	}
+}
+
+// A notice of a key that is not the peer's to give gets nothing.
+func TestNoticeOfAnotherPool(t *testing.T) {
+	a, b := twoSites(t, 3, nil)
+	victim := mustGet(t, a, "a2", "b2", 1, 256)
+	for _, n := range []Notice{
+		{Pool: uuid.UUID{1}, Position: key.At(1, 0), KeyID: victim[0].ID},
+		{Pool: b.keys.pool, Position: key.At(1, 2), KeyID: victim[0].ID},
+	} {
+		n.MasterSAE, n.SlaveSAEs, n.SizeBits, n.TTL = "a1", []string{"b1"}, 256, time.Second
+		if err := b.Receive(t.Context(), "a", []Notice{n}); err != nil {
+			t.Fatal(err)
+		}
+		_, err := fetch(t, b, "b1", "a1", ids(victim), 0)
+		wantKind(t, err, "not found")
+		b.advance(time.Second)
+		b.sweep(b.clock())
+	}
+	if _, remote := b.keys.left(); remote != 3 {
+		t.Errorf("%d keys left", remote)
+	}
+}
+
+// What no SAE fetches is gone on both sides within its TTL.
+func TestExpiry(t *testing.T) {
+	a, b := twoSites(t, 6, func(o *Options) { o.TTL = time.Minute })
+	x := mustGet(t, a, "a1", "b1", 3, 256) // never fetched
+	y := mustGet(t, a, "a1", "b1", 1, 256) // notice never delivered
+	for _, k := range x {
+		n, ok := a.Issued("b", k.ID)
+		if !ok || n.TTL != time.Minute {
+			t.Fatalf("issued: %v %v", n, ok)
+		}
+		if err := b.Receive(t.Context(), "a", []Notice{n}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Claimed by a batch that is refused, so the key is in the arrival.
+	b.in.get(x[2].ID).master, _, _ = b.keys.Claim("a", b.keys.pool, b.in.get(x[2].ID).Position, x[2].ID)
+	b.sweep(b.clock())
+	if b.in.n.Load() != 3 || b.count(Stranded) != 0 {
+		t.Fatal("expired too early")
+	}
+	a.advance(time.Minute)
+	b.advance(time.Minute)
+	_, err := fetch(t, b, "b1", "a1", ids(x[:1]), 0)
+	wantKind(t, err, "not found")
+	_, err = fetch(t, b, "b1", "a1", ids(y), 0)
+	wantKind(t, err, "not found")
+	a.sweep(a.clock())
+	b.sweep(b.clock())
+	if _, remote := b.keys.left(); remote != 3 || b.keys.unwiped() != 0 || b.in.n.Load() != 0 || b.count(Stranded) != 3 {
+		t.Errorf("%d keys left, %d unwiped, %d notices, %d stranded", remote, b.keys.unwiped(), b.in.n.Load(), b.count(Stranded))
+	}
+	if a.count(Stranded) != 4 { // none was acknowledged
+		t.Errorf("%d stranded at the owner", a.count(Stranded))
+	}
+	if _, ok := a.Issued("b", y[0].ID); ok {
+		t.Error("an expired notice is still given out")
+	}
+}
