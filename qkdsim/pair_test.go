@@ -16,6 +16,7 @@ import (
 
 	"github.com/q-ipsec/q-ipsec/kms/key"
 	"github.com/q-ipsec/q-ipsec/kms/keyfile"
+	"github.com/q-ipsec/q-ipsec/qkdsim/control"
 )
 
 // inbox is a Delivery that keeps what it gets, or fails for a while.
@@ -211,7 +212,7 @@ func TestOnDemand(t *testing.T) {
 	if err := p.Generate(0); err == nil {
 		t.Error("0 bytes taken")
 	}
-	if err := p.Generate(maxWanted + 1); err == nil {
+	if err := p.Generate(control.MaxGenerate + 1); err == nil {
 		t.Error("too many bytes taken")
 	}
 	per := 50*32 + keyfile.Trailer
@@ -220,11 +221,11 @@ func TestOnDemand(t *testing.T) {
 	}
 	until(t, "all that was asked for", func() bool { return p.Status(key.Master).Wanted == 0 && len(a.names()) == 3 })
 	p.Stop()
-	if s := p.Status(key.Master); s.State != Stopped || s.Seq != 3 {
+	if s := p.Status(key.Master); s.State != string(Stopped) || s.Seq != 3 {
 		t.Errorf("status %+v", s)
 	}
 	p.Init()
-	if s := p.Status(key.Master); s.State != Generating {
+	if s := p.Status(key.Master); s.State != string(Generating) {
 		t.Errorf("status %+v", s)
 	}
 	stop()

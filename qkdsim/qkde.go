@@ -4,31 +4,20 @@ import (
 	"fmt"
 
 	"github.com/q-ipsec/q-ipsec/kms/key"
+	"github.com/q-ipsec/q-ipsec/qkdsim/control"
 )
 
-// Status is what a QKDE says of itself over the control interface.
-type Status struct {
-	State     State    `json:"state"`
-	QBER      float64  `json:"qber"`             // of the last block, 0..1
-	Rate      float64  `json:"secret_rate_bps"`  // now, bit/s
-	Seq       uint64   `json:"seq"`              // of the last file
-	Wanted    int      `json:"wanted_bytes"`     // asked for by Generate, not made yet
-	Backlog   int      `json:"backlog_files"`    // not delivered yet to this end's node
-	Dropped   uint64   `json:"dropped_files"`    // lost because the backlog was full
-	Alarms    []string `json:"alarms,omitempty"` // present ones, by name
-	Generated uint64   `json:"generated_files"`  // since the start
-}
-
 // Status reports on the pair as the device of the given role sees it.
-func (p *Pair) Status(role key.Role) Status {
+func (p *Pair) Status(role key.Role) control.Status {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	s := Status{
-		State: p.sim.State(), QBER: p.sim.QBER(), Rate: p.sim.SecretHz() * p.opt.Speed, Seq: p.seq,
+	state := p.sim.State()
+	s := control.Status{
+		State: string(state), QBER: p.sim.QBER(), Rate: p.sim.SecretHz() * p.opt.Speed, Seq: p.seq,
 		Wanted: p.wanted / 8, Backlog: len(p.queue[role-1]), Dropped: p.dropped[role-1], Generated: p.made,
 	}
-	if s.State == Aborted || s.State == Outage {
-		s.Alarms = append(s.Alarms, string(s.State))
+	if state == Aborted || state == Outage {
+		s.Alarms = append(s.Alarms, s.State)
 	}
 	if s.QBER > AlarmQBER {
 		s.Alarms = append(s.Alarms, "qber-high")
@@ -36,16 +25,13 @@ func (p *Pair) Status(role key.Role) Status {
 	return s
 }
 
-// maxWanted bounds what Generate may ask for at once, in bytes.
-const maxWanted = 1 << 30
-
 // Generate asks for n more bytes of key, trailers included. Without OnDemand
 // the pair generates anyway, and the request is only checked.
 func (p *Pair) Generate(n int) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if n < 1 || n > maxWanted || p.wanted/8+n > maxWanted {
-		return fmt.Errorf("qkdsim: generate %d bytes: not between 1 and %d with the %d asked for before", n, maxWanted, p.wanted/8)
+	if n < 1 || n > control.MaxGenerate || p.wanted/8+n > control.MaxGenerate {
+		return fmt.Errorf("qkdsim: generate %d bytes: not between 1 and %d with the %d asked for before", n, control.MaxGenerate, p.wanted/8)
 	}
 	if p.opt.OnDemand {
 		p.wanted += n * 8
