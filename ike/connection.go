@@ -1,0 +1,193 @@
+package ike
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"regexp"
+	"time"
+
+	"github.com/q-ipsec/q-ipsec/ike/plugin"
+	"github.com/q-ipsec/q-ipsec/kms/key"
+)
+
+// Policy says whether a connection may run without a quantum key. The zero
+// value fails closed.
+type Policy uint8
+
+// The policies of a connection.
+const (
+	Required Policy = iota // no CHILD_SA without a quantum key
+	Optional               // falls back to IKE's own keys, with an alarm
+	Off                    // the plugin leaves it alone (charon.plugins.qipsec.off names it too)
+)
+
+// String is the configuration's word.
+func (p Policy) String() string {
+	switch p {
+	case Required:
+		return "required"
+	case Optional:
+		return "optional"
+	case Off:
+		return "off"
+	}
+	return fmt.Sprintf("policy(%d)", uint8(p))
+}
+
+// Mix says what an SA's key is made of.
+type Mix uint8
+
+// Hybrid is secure if either the quantum key or IKE is; QKDOnly is the paper's.
+const (
+	Hybrid Mix = iota
+	QKDOnly
+)
+
+// String is the configuration's word.
+func (m Mix) String() string {
+	if m == QKDOnly {
+		return "qkd"
+	}
+	return "hybrid"
+}
+
+// StartAction says what brings a child up.
+type StartAction uint8
+
+// The start actions. StartNone leaves it to the peer or the operator.
+const (
+	StartNone StartAction = iota
+	StartNow              // initiated when loaded and again whenever it is down
+	StartTrap             // initiated by traffic
+)
+
+// Connection is one tunnel as it shall be: live types, checked by Validate.
+// Times of zero take the default named beside them.
+type Connection struct {
+	Name                    string // [A-Za-z0-9._-]{1,32}
+	LocalAddrs, RemoteAddrs []netip.Addr
+	LocalID, RemoteID       string // as ParseIdentity reads them
+	LocalCert, LocalKey     string // paths: certificate and its private key (PEM or DER), read at every load
+	RemoteCA                string // path: only certificates under this CA are taken
+	RemoteCert              string // path: only this certificate is taken; one of the two is needed
+	Proposals               []string
+	Unique                  string        // no (default), never, keep, replace
+	IKERekeyTime            time.Duration // 4 h
+	DPDDelay                time.Duration // 30 s
+	Encap, MOBIKE           bool
+	Children                []Child
+
+	LocalSAE, PeerSAE string // bound to LocalID and RemoteID
+	KME               string // name of the key source
+	Policy            Policy
+	Mix               Mix
+	MinClass          key.Class // derived when zero
+	AllowRelayedOnly  bool      // lets Mix QKDOnly use keys that are not direct
+	MaxKeyAge         time.Duration
+	MaxKeyBytes       uint64 // hard limits of each SA; zero: charon's only
+}
+
+// Child is one CHILD_SA of a Connection.
+type Child struct {
+	Name              string
+	LocalTS, RemoteTS []netip.Prefix // empty: the tunnel's own address
+	Proposals         []string
+	Transport         bool
+	Start             StartAction
+	RekeyTime         time.Duration // 1 h; MaxKeyAge lowers it
+	RekeyBytes        uint64
+	ReplayWindow      uint32 // packets; zero: charon's
+}
+
+// Defaults of a Connection.
+var (
+	defaultIKEProposals = []string{"aes256gcm16-prfsha384-x25519", "aes256gcm16-prfsha384-ecp384"}
+	defaultESPProposals = []string{"aes256gcm16-x25519", "aes256gcm16-ecp384"}
+)
+
+const (
+	defaultIKERekey = 4 * time.Hour
+	defaultDPD      = 30 * time.Second
+	defaultRekey    = time.Hour
+	minKeyAge       = 10 * time.Second
+)
+
+var (
+	connName = regexp.MustCompile(`^[A-Za-z0-9._-]{1,32}$`)
+	saeID    = regexp.MustCompile(`^[A-Za-z0-9._~-]{1,64}$`)
+)
+
+// minClass is the least class that the connection's policy takes.
+func (c Connection) minClass() key.Class {
+	if c.Mix == QKDOnly && !c.AllowRelayedOnly {
+		return key.Direct
+	}
+	return max(c.MinClass, key.Derived)
+}
+
+// Validate reports every fault of c.
+func (c Connection) Validate() error {
+	var errs []error
+	bad := func(format string, a ...any) {
+		errs = append(errs, fmt.Errorf("connection %s: "+format, append([]any{c.Name}, a...)...))
+	}
+	if !connName.MatchString(c.Name) {
+		bad("name is not [A-Za-z0-9._-]{1,32}")
+	}
+	if _, err := ParseIdentity(c.LocalID); err != nil {
+		bad("local id: %w", err)
+	}
+	if _, err := ParseIdentity(c.RemoteID); err != nil {
+		bad("remote id: %w", err)
+	}
+	if c.LocalCert == "" || c.LocalKey == "" {
+		bad("local certificate or its key is not named")
+	}
+	if c.RemoteCA == "" && c.RemoteCert == "" {
+		bad("neither a CA nor a certificate of the peer is named")
+	}
+	switch c.Unique {
+	case "", "no", "never", "keep", "replace":
+	default:
+		bad("unique %q is none of no, never, keep, replace", c.Unique)
+	}
+	if c.Policy > Off || c.Mix > QKDOnly || c.MinClass > key.Direct {
+		bad("policy, mix or minimum class is unknown")
+	}
+	if c.Policy != Off {
+		for what, id := range map[string]string{"local_sae": c.LocalSAE, "peer_sae": c.PeerSAE} {
+			if !saeID.MatchString(id) {
+				bad("%s %q is not an SAE id", what, id)
+			}
+		}
+		if c.LocalSAE == c.PeerSAE {
+			bad("local_sae and peer_sae are the same")
+		}
+	}
+	if c.MaxKeyAge < 0 || c.MaxKeyAge > 0 && c.MaxKeyAge < minKeyAge {
+		bad("max_key_age %s is below %s", c.MaxKeyAge, minKeyAge)
+	}
+	if len(c.Children) == 0 {
+		bad("has no child")
+	}
+	seen := map[string]bool{}
+	for _, ch := range c.Children {
+		if !connName.MatchString(ch.Name) || seen[ch.Name] {
+			bad("child name %q is not [A-Za-z0-9._-]{1,32} or is used twice", ch.Name)
+		}
+		seen[ch.Name] = true
+		if ch.RekeyTime < 0 || ch.Start > StartTrap {
+			bad("child %s: rekey time or start action is out of range", ch.Name)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// wirePolicy is the policy in the plugin's terms.
+func (c Connection) wirePolicy() plugin.Policy {
+	if c.Policy == Optional {
+		return plugin.Optional
+	}
+	return plugin.Required
+}

@@ -1,0 +1,423 @@
+package ike
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/q-ipsec/q-ipsec/ike/vici"
+	"github.com/q-ipsec/q-ipsec/sad"
+)
+
+// reconciler is what the Manager needs of *sad.SAD.
+type reconciler interface {
+	Reconcile(ctx context.Context, list func(context.Context) ([]sad.ID, error)) (missing []sad.ID, err error)
+	State(ctx context.Context) ([]sad.State, error)
+}
+
+// ManagerOptions build a Manager. Connections are those of the Broker.
+type ManagerOptions struct {
+	Connections []Connection
+	Broker      *Broker
+	SAD         reconciler
+	VICI        string // path of charon's VICI socket
+	Events      eventSink
+	Log         *slog.Logger
+	Reconcile   time.Duration // between comparisons with charon; 30 s when zero
+	StopTimeout time.Duration // of an orderly stop; 10 s when zero
+}
+
+// timing is every other wait of the Manager.
+type timing struct {
+	helloGrace time.Duration // for the plugin to say hello before its connections are blocked
+	redialMin  time.Duration
+	redialMax  time.Duration
+	retryMin   time.Duration // of an initiation
+	retryMax   time.Duration
+	debounce   time.Duration // from an event to the listing that it causes
+	tick       time.Duration
+}
+
+var defaultTiming = timing{
+	helloGrace: 10 * time.Second,
+	redialMin:  500 * time.Millisecond, redialMax: 10 * time.Second,
+	retryMin: 2 * time.Second, retryMax: time.Minute,
+	debounce: 50 * time.Millisecond, tick: time.Second,
+}
+
+// Manager keeps charon's connections as the configuration says. Run owns the
+// work; the other methods may be called at any time from anywhere.
+type Manager struct {
+	o    ManagerOptions
+	t    timing
+	log  *slog.Logger
+	kick chan struct{} // capacity 1: the wanted state has changed
+
+	mu    sync.Mutex
+	link  *link           // to the running charon; nil without one
+	cause string          // why there is none
+	held  map[string]bool // taken down by the operator: not initiated again
+	view  map[string]*connView
+	at    time.Time // of the view
+}
+
+// link is one VICI connection with what was done over it.
+type link struct {
+	client  *vici.Client
+	version string
+	plugins []string
+	blocked error             // why required connections are not loaded; nil: verified
+	grace   time.Time         // until when a missing hello is no fault
+	loaded  map[string]bool   // connections
+	faults  map[string]string // why a connection is not loaded
+	keys    map[string]string // ids of private keys by path
+	next    map[string]retry  // initiations by connection and child
+}
+
+type retry struct {
+	at  time.Time
+	try int
+}
+
+// connView is what charon and the SAD showed of a connection at the last look.
+type connView struct {
+	ikes     []vici.IKESA
+	children []childView
+	up       bool
+	since    time.Time
+}
+
+type childView struct {
+	vici.ChildSA
+	in, out sad.State // zero where the SAD has no SA of ours
+}
+
+// NewManager checks o.
+func NewManager(o ManagerOptions) (*Manager, error) {
+	if o.Broker == nil || o.SAD == nil || o.Log == nil || o.VICI == "" {
+		return nil, errors.New("ike: manager: Broker, SAD, VICI and Log are needed")
+	}
+	if o.Reconcile == 0 {
+		o.Reconcile = 30 * time.Second
+	}
+	if o.StopTimeout == 0 {
+		o.StopTimeout = 10 * time.Second
+	}
+	m := &Manager{
+		o: o, t: defaultTiming, log: o.Log, kick: make(chan struct{}, 1),
+		held: map[string]bool{}, view: map[string]*connView{}, cause: "not connected yet",
+	}
+	for _, c := range o.Connections {
+		m.view[c.Name] = &connView{}
+	}
+	return m, nil
+}
+
+// Run keeps the connections until ctx ends; then it takes them out of charon
+// with their SAs, within StopTimeout, and returns nil. The plugin's server must
+// run until Run has returned.
+func (m *Manager) Run(ctx context.Context) error {
+	wait := m.t.redialMin
+	for {
+		began := time.Now()
+		err := m.session(ctx)
+		m.disconnected(err)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if time.Since(began) > m.t.redialMax {
+			wait = m.t.redialMin
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(wait/2 + rand.N(wait/2+1)):
+		}
+		wait = min(2*wait, m.t.redialMax)
+	}
+}
+
+// disconnected notes that there is no charon, and says so once per cause.
+func (m *Manager) disconnected(err error) {
+	m.mu.Lock()
+	was := m.cause
+	m.link = nil
+	if err == nil {
+		err = errors.New("stopped")
+	}
+	m.cause = err.Error()
+	same := was == m.cause
+	m.at = time.Time{}
+	for _, v := range m.view {
+		*v = connView{}
+	}
+	m.mu.Unlock()
+	if !same {
+		report(m.log, m.o.Events, Event{Severity: Fault, Code: EventCharon, Text: "no charon: " + err.Error()})
+	}
+}
+
+// session serves one running charon; it returns when that is gone (an error)
+// or ctx has ended (nil).
+func (m *Manager) session(ctx context.Context) error {
+	client, err := vici.Dial(ctx, vici.Options{Socket: m.o.VICI, Log: m.log})
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	l := &link{
+		client: client, grace: time.Now().Add(m.t.helloGrace),
+		loaded: map[string]bool{}, faults: map[string]string{}, keys: map[string]string{}, next: map[string]retry{},
+	}
+	if l.version, err = client.Version(ctx); err != nil {
+		return err
+	}
+	if l.plugins, err = client.Plugins(ctx); err != nil {
+		return err
+	}
+	m.log.Info("charon connected", "strongswan", l.version)
+	m.mu.Lock()
+	m.link, m.cause = l, ""
+	l.blocked = errors.New("waiting for the qipsec plugin to say hello")
+	m.mu.Unlock()
+	err = m.serve(ctx, l)
+	if ctx.Err() != nil {
+		m.stop(ctx, l)
+		return nil
+	}
+	return err
+}
+
+// serve is the owner loop of one charon.
+func (m *Manager) serve(ctx context.Context, l *link) error {
+	if err := m.settle(ctx, l); err != nil {
+		return err
+	}
+	if err := m.reconcile(ctx, l); err != nil {
+		return err
+	}
+	reconcile := time.NewTicker(m.o.Reconcile)
+	defer reconcile.Stop()
+	tick := time.NewTicker(m.t.tick)
+	defer tick.Stop()
+	look := time.NewTimer(m.t.debounce)
+	defer look.Stop()
+	for {
+		var err error
+		select {
+		case <-ctx.Done():
+			return nil
+		case e, ok := <-l.client.Events():
+			if !ok {
+				return errors.New("charon went away")
+			}
+			m.heard(e)
+			look.Reset(m.t.debounce)
+		case <-m.o.Broker.changed:
+			m.mu.Lock()
+			l.grace = time.Now().Add(m.t.helloGrace)
+			m.mu.Unlock()
+			err = m.settle(ctx, l)
+		case id := <-m.o.Broker.rekeys:
+			err = m.rekeyMoved(ctx, l, id)
+		case <-m.kick:
+			look.Reset(0)
+		case <-look.C:
+			err = m.look(ctx, l)
+		case <-tick.C:
+			if err = m.settle(ctx, l); err == nil {
+				err = m.start(ctx, l)
+			}
+		case <-reconcile.C:
+			if err = m.reconcile(ctx, l); err == nil {
+				err = m.look(ctx, l)
+			}
+		}
+		if err != nil && ctx.Err() == nil {
+			return err
+		}
+	}
+}
+
+// settle verifies the plugin and loads what may be loaded. Failures of one
+// connection are noted and tried again; only those of VICI itself are errors.
+func (m *Manager) settle(ctx context.Context, l *link) error {
+	cause := m.verified(l)
+	if cause == nil || !m.waiting(l) {
+		m.setBlocked(ctx, l, cause)
+	}
+	for _, c := range m.o.Connections {
+		if l.loaded[c.Name] || cause != nil && c.Policy == Required {
+			continue
+		}
+		if err := m.load(ctx, l, c); err != nil {
+			m.fault(l, c.Name, err)
+			continue
+		}
+		m.mu.Lock()
+		l.loaded[c.Name] = true
+		delete(l.faults, c.Name)
+		m.mu.Unlock()
+		m.log.Info("connection loaded", "connection", c.Name, "policy", c.Policy.String())
+	}
+	return nil
+}
+
+// verified says why required connections may not be loaded, or nil.
+func (m *Manager) verified(l *link) error {
+	if !slices.Contains(l.plugins, "qipsec") {
+		return fmt.Errorf("charon %s has not loaded the qipsec plugin: build it with scripts/charon-plugin.sh, set charon.plugins.qipsec.load = yes and restart charon", l.version)
+	}
+	return m.o.Broker.verify(l.version)
+}
+
+// waiting reports whether the plugin is loaded and may still say hello: its
+// hooks refuse meanwhile, so that nothing is lost by patience.
+func (m *Manager) waiting(l *link) bool {
+	_, said := m.o.Broker.charon()
+	return !said && slices.Contains(l.plugins, "qipsec") && time.Now().Before(l.grace)
+}
+
+// setBlocked notes the verdict on the plugin. When required connections become
+// blocked they are taken out of charon with their SAs.
+func (m *Manager) setBlocked(ctx context.Context, l *link, cause error) {
+	m.mu.Lock()
+	was := l.blocked
+	l.blocked = cause
+	m.mu.Unlock()
+	if cause == nil || was != nil && was.Error() == cause.Error() {
+		return
+	}
+	report(m.log, m.o.Events, Event{
+		Severity: Alarm, Code: EventPlugin,
+		Text: "required connections are blocked: " + cause.Error(),
+	})
+	for _, c := range m.o.Connections {
+		if c.Policy != Required {
+			continue
+		}
+		// Both may find nothing: charon may never have had them.
+		_ = l.client.UnloadConn(ctx, c.Name)
+		_ = l.client.TerminateConn(ctx, c.Name, 0)
+		m.mu.Lock()
+		delete(l.loaded, c.Name)
+		m.mu.Unlock()
+	}
+}
+
+// fault notes why a connection is not loaded, and says so once per cause.
+func (m *Manager) fault(l *link, name string, err error) {
+	m.mu.Lock()
+	same := l.faults[name] == err.Error()
+	l.faults[name] = err.Error()
+	m.mu.Unlock()
+	if !same {
+		report(m.log, m.o.Events, Event{
+			Severity: Alarm, Code: EventLoadFailed, Connection: name,
+			Text: fmt.Sprintf("connection %q not loaded: %v", name, err),
+		})
+	}
+}
+
+// heard logs what charon reported.
+func (m *Manager) heard(e vici.Event) {
+	if m.config(e.IKE.Conn) == nil {
+		return
+	}
+	word := map[vici.Kind]string{
+		vici.IKEUp: "IKE_SA established", vici.IKEDown: "IKE_SA closed",
+		vici.ChildUp: "CHILD_SA established", vici.ChildDown: "CHILD_SA closed", vici.ChildRekeyed: "CHILD_SA rekeyed",
+	}[e.Kind]
+	m.log.Debug("charon: "+word, "connection", e.IKE.Conn, "child", e.Child.Name,
+		"spi_in", fmt.Sprintf("%08x", e.Child.SPIIn), "spi_out", fmt.Sprintf("%08x", e.Child.SPIOut))
+}
+
+// config gives a connection's configuration, nil if it is not one of ours.
+func (m *Manager) config(name string) *Connection {
+	for i := range m.o.Connections {
+		if m.o.Connections[i].Name == name {
+			return &m.o.Connections[i]
+		}
+	}
+	return nil
+}
+
+// start initiates what shall be up and is not, each with its own back-off.
+func (m *Manager) start(ctx context.Context, l *link) error {
+	now := time.Now()
+	for _, c := range m.o.Connections {
+		for _, ch := range c.Children {
+			if ch.Start != StartNow || !m.due(l, c.Name, ch.Name, now) {
+				continue
+			}
+			m.log.Info("tunnel command", "connection", c.Name, "child", ch.Name, "peer", joinAddrs(c.RemoteAddrs))
+			if err := l.client.Initiate(ctx, c.Name, ch.Name, 0); err != nil {
+				m.log.Warn("charon refuses to initiate", "connection", c.Name, "child", ch.Name, "cause", err)
+			}
+		}
+	}
+	return nil
+}
+
+// due says whether a child is to be initiated now, and if so plans the next try.
+func (m *Manager) due(l *link, conn, child string, now time.Time) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	v := m.view[conn]
+	k := conn + "/" + child
+	if !l.loaded[conn] || m.held[conn] || m.at.IsZero() {
+		return false
+	}
+	for _, c := range v.children {
+		if c.Name == child && c.Up() {
+			delete(l.next, k)
+			return false
+		}
+	}
+	for _, i := range v.ikes {
+		if i.State == "CONNECTING" || i.State == "CREATED" {
+			return false // charon is at it
+		}
+	}
+	r := l.next[k]
+	if now.Before(r.at) {
+		return false
+	}
+	wait := min(m.t.retryMin<<min(r.try, 10), m.t.retryMax)
+	l.next[k] = retry{at: now.Add(wait/2 + rand.N(wait/2+1)), try: r.try + 1}
+	return true
+}
+
+// stop takes our connections and their SAs out of charon.
+func (m *Manager) stop(ctx context.Context, l *link) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.o.StopTimeout)
+	defer cancel()
+	wait := m.o.StopTimeout / 3 // for the peer's answer; then without it
+	var all sync.WaitGroup
+	slots := make(chan struct{}, 8)
+	for _, c := range m.o.Connections {
+		all.Go(func() {
+			slots <- struct{}{}
+			defer func() { <-slots }()
+			// First out, so that nobody makes a new SA of it. Both may find nothing.
+			if err := l.client.UnloadConn(ctx, c.Name); err != nil {
+				m.log.Debug("unload", "connection", c.Name, "cause", err)
+			}
+			if err := l.client.TerminateConn(ctx, c.Name, wait); err != nil {
+				m.log.Debug("terminate", "connection", c.Name, "cause", err)
+			}
+		})
+	}
+	all.Wait()
+	for path, id := range l.keys {
+		if err := l.client.UnloadKey(ctx, id); err != nil {
+			m.log.Warn("private key stays loaded in charon", "path", path, "cause", err)
+		}
+	}
+	m.log.Info("connections taken out of charon", "count", len(m.o.Connections))
+}
