@@ -1,0 +1,233 @@
+package store
+
+import (
+	"context"
+	"crypto/cipher"
+	"database/sql"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/q-ipsec/q-ipsec/kms/key"
+)
+
+// Open opens the store, or makes it if the database is new, and counts its
+// Generation up, durably. It takes an exclusive lock (ErrInUse), holds all files
+// to their modes (ErrAccess), refuses a newer version (ErrNewer), another
+// program's database (ErrForeign), and a database and root file that do not
+// belong together (ErrNoRoot, ErrWrongRoot, ErrOldRoot, ErrRestored). Every row
+// that states rest on is verified: a damaged node or pool row is ErrDamaged, a
+// damaged block is given up with an alarm event. A ratchet that a crash cut off
+// is finished. A new database beside an existing root file takes over its
+// store UUID and epoch, so that a database that was only out of place still fits.
+func Open(ctx context.Context, opt Options) (*Store, error) {
+	path, err := databasePath(opt.URL)
+	if err != nil {
+		return nil, err
+	}
+	if opt.RootFile == "" || opt.Log == nil {
+		return nil, errors.New("store: RootFile and Log must be set")
+	}
+	opt.setDefaults()
+	if err := checkFiles(path, opt.RootFile); err != nil {
+		return nil, err
+	}
+	s := &Store{
+		opt: opt, path: path, turn: make(chan struct{}, 1), ratcheting: make(chan struct{}, 1),
+		data: map[uint64]cipher.AEAD{}, pools: map[uuid.UUID]*pool{},
+	}
+	if err := s.open(ctx); err != nil {
+		return nil, errors.Join(err, s.shut())
+	}
+	if s.epoch != s.root.epoch {
+		opt.Log.Info("store: finishing a ratchet that was cut off", "epoch", s.epoch)
+		if err := s.Ratchet(ctx); err != nil {
+			return nil, errors.Join(err, s.Close())
+		}
+	}
+	return s, nil
+}
+
+func (o *Options) setDefaults() {
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.HistoryRows <= 0 {
+		o.HistoryRows = defaultHistoryRows
+	}
+	if o.EventRows <= 0 {
+		o.EventRows = defaultEventRows
+	}
+	if o.open == nil {
+		o.open = openSQLite
+	}
+	if o.files == nil {
+		o.files = osFiles{}
+	}
+}
+
+func (s *Store) open(ctx context.Context) (err error) {
+	if s.lock, err = lockFile(s.path); err != nil {
+		return err
+	}
+	if s.root, err = readRoot(s.opt.RootFile); err != nil {
+		return err
+	}
+	if err := os.Remove(s.opt.RootFile + ".new"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("store: remove a leftover: %w", err)
+	}
+	if s.w, err = s.opt.open(dsn(s.path, false)); err != nil {
+		return fmt.Errorf("store: open %s: %w", s.path, err)
+	}
+	s.w.SetMaxOpenConns(1)
+	if s.r, err = s.opt.open(dsn(s.path, true)); err != nil {
+		return fmt.Errorf("store: open %s: %w", s.path, err)
+	}
+	s.r.SetMaxOpenConns(4)
+	isNew, err := fresh(ctx, s.w)
+	if err != nil {
+		return fmt.Errorf("store: %s: %w", s.path, err)
+	}
+	if isNew {
+		if err := s.create(ctx); err != nil {
+			return err
+		}
+	}
+	if err := s.readNode(ctx); err != nil {
+		return fmt.Errorf("store: %s: %w", s.path, err)
+	}
+	found, err := s.readAll(ctx)
+	if err != nil {
+		return fmt.Errorf("store: %s: %w", s.path, err)
+	}
+	return s.begin(ctx, found)
+}
+
+// create makes root file, tables and node row.
+func (s *Store) create(ctx context.Context) (err error) {
+	if s.root == nil {
+		if s.root, err = newRoot(); err != nil {
+			return err
+		}
+		if _, err := replaceRoot(s.opt.files, s.opt.RootFile, s.root); err != nil {
+			return err
+		}
+	}
+	s.uuid, s.epoch = s.root.store, s.root.epoch
+	// Ahead of any database that this one replaces, which counted starts from the
+	// second it was made in.
+	s.generation = uint64(max(s.opt.Now().Unix(), 1))
+	err = s.write(ctx, "make database "+s.path, func(tx *sql.Tx) error {
+		if err := claim(ctx, tx); err != nil {
+			return err
+		}
+		if err := createSchema(ctx, tx); err != nil {
+			return err
+		}
+		_, err := tx.ExecContext(ctx, `INSERT INTO node (one, version, uuid, generation, epoch, proof) VALUES (1, ?, ?, 0, 0, ?)`,
+			schemaVersion, s.uuid[:], []byte{})
+		if err != nil {
+			return err
+		}
+		return s.putNode(ctx, tx)
+	})
+	if err == nil {
+		s.opt.Log.Info("store: made", "path", s.path, "store", s.uuid, "epoch", s.epoch)
+	}
+	return err
+}
+
+// putNode writes generation and epoch with their proof.
+func (s *Store) putNode(ctx context.Context, tx *sql.Tx) error {
+	a, err := s.ring(s.epoch)
+	if err != nil {
+		return err
+	}
+	return oneRow(tx.ExecContext(ctx, `UPDATE node SET generation = ?, epoch = ?, proof = ? WHERE one = 1`,
+		int64(s.generation), int64(s.epoch), seal(a, nil, nodeAAD(s.uuid, s.generation, s.epoch))))
+}
+
+// readNode reads the node row and judges how database and root file belong
+// together.
+func (s *Store) readNode(ctx context.Context) error {
+	var version int64
+	if err := s.w.QueryRowContext(ctx, `SELECT version FROM node WHERE one = 1`).Scan(&version); err != nil {
+		return fmt.Errorf("read node row: %w", explain(err))
+	}
+	if version != schemaVersion {
+		return fmt.Errorf("%w: its tables have version %d, this program knows %d; install the newer program again", ErrNewer, version, schemaVersion)
+	}
+	var id, proof []byte
+	if err := s.w.QueryRowContext(ctx, `SELECT uuid, generation, epoch, proof FROM node WHERE one = 1`).
+		Scan(&id, &s.generation, &s.epoch, &proof); err != nil {
+		return fmt.Errorf("read node row: %w", explain(err))
+	}
+	copy(s.uuid[:], id)
+	const startEmpty = "or move both files away to start with empty pools"
+	root := s.opt.RootFile
+	switch {
+	case s.root == nil:
+		return fmt.Errorf("%w: %s; without it no key can be opened: put it back, %s", ErrNoRoot, root, startEmpty)
+	case s.root.store != s.uuid:
+		return fmt.Errorf("%w: %s is of store %s, the database of %s; put the right one back, %s", ErrWrongRoot, root, s.root.store, s.uuid, startEmpty)
+	case s.epoch < s.root.epoch:
+		return fmt.Errorf("%w: it is at epoch %d, %s at %d: its keys cannot be opened and its marks are not the last ones; put the newest one back, %s",
+			ErrRestored, s.epoch, root, s.root.epoch, startEmpty)
+	case s.epoch > s.root.epoch+1:
+		return fmt.Errorf("%w: %s is at epoch %d, the database at %d: whoever has such a copy can open keys that were used since; put the newest one back, %s",
+			ErrOldRoot, root, s.root.epoch, s.epoch, startEmpty)
+	}
+	a, err := s.ring(s.epoch)
+	if err != nil {
+		return err
+	}
+	if err := unseal(a, proof, nil, nodeAAD(s.uuid, s.generation, s.epoch)); err != nil {
+		return fmt.Errorf("node row does not open with root file %s: %w: %w; put the newest copies of both back, %s", root, err, ErrDamaged, startEmpty)
+	}
+	return nil
+}
+
+// begin starts the process's life in the store: a new generation, nothing at or
+// below the marks, nothing damaged.
+func (s *Store) begin(ctx context.Context, found []*damage) error {
+	s.generation++
+	for _, p := range s.pools {
+		p.spent = [2]key.Position{p.info.Mark, p.info.PeerMark}
+	}
+	gone := map[*pool][]*header{}
+	err := s.write(ctx, "begin a new generation", func(tx *sql.Tx) error {
+		if err := s.putNode(ctx, tx); err != nil {
+			return err
+		}
+		for _, d := range found {
+			if err := s.giveUpIn(ctx, tx, d); err != nil {
+				return err
+			}
+			gone[s.pools[d.h.pool]] = append(gone[s.pools[d.h.pool]], d.h)
+		}
+		for _, p := range s.pools {
+			s.forget(p, gone[p]...)
+			used, err := s.dropDone(ctx, tx, p)
+			if err != nil {
+				return err
+			}
+			gone[p] = used
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for p, used := range gone {
+		s.forget(p, used...)
+	}
+	s.stats.Damaged = len(found)
+	for _, d := range found {
+		s.opt.Log.Error("store: damaged block given up", "pool", d.h.pool, "seq", d.h.seq, "keys", d.h.count, "err", d.cause)
+	}
+	return nil
+}

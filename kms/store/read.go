@@ -1,0 +1,193 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+
+	"github.com/google/uuid"
+
+	"github.com/q-ipsec/q-ipsec/kms/key"
+)
+
+// readAll fills memory from the database and verifies every pool and block row.
+// Blocks that do not hold are in memory too, and in found.
+func (s *Store) readAll(ctx context.Context) (found []*damage, err error) {
+	pools, err := s.readPools(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if found, err = s.readBlocks(ctx, pools); err != nil {
+		return nil, err
+	}
+	bad, err := s.readParts(ctx, pools)
+	if err != nil {
+		return nil, err
+	}
+	for _, b := range bad {
+		known := false
+		for _, f := range found {
+			known = known || f.h == b.h
+		}
+		if !known {
+			found = append(found, b)
+		}
+	}
+	for table, next := range map[string]*int64{"history": &s.historyNext, "event": &s.eventNext} {
+		var last sql.NullInt64
+		if err := s.w.QueryRowContext(ctx, `SELECT max(serial) FROM `+table).Scan(&last); err != nil {
+			return nil, fmt.Errorf("read %s: %w", table, explain(err))
+		}
+		*next = max(*next, last.Int64+1)
+	}
+	s.mem.Lock()
+	s.pools = pools
+	for _, p := range pools {
+		p.count()
+	}
+	s.mem.Unlock()
+	return found, nil
+}
+
+// reload reads memory anew after a commit of unknown outcome. What was spent
+// stays spent; a mark that turns out raised may be read up to.
+func (s *Store) reload(ctx context.Context) error {
+	before := s.pools
+	found, err := s.readAll(ctx)
+	if err != nil {
+		return fmt.Errorf("store: read anew after a failed commit: %w", err)
+	}
+	for id, p := range s.pools {
+		if old := before[id]; old != nil {
+			p.spent = old.spent
+		}
+	}
+	s.stale = false
+	for _, d := range found {
+		if err := s.giveUp(ctx, s.pools[d.h.pool], []*damage{d}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Store) readPools(ctx context.Context) (_ map[uuid.UUID]*pool, err error) {
+	rows, err := s.w.QueryContext(ctx, `SELECT id, peer, role, class, newest_seq, own_mark, peer_mark, peer_generation, epoch, proof FROM pool`)
+	if err != nil {
+		return nil, fmt.Errorf("read pools: %w", explain(err))
+	}
+	defer func() { err = errors.Join(err, rows.Close()) }()
+	pools := map[uuid.UUID]*pool{}
+	for rows.Next() {
+		p := &pool{}
+		i := &p.info
+		var id, proof []byte
+		var epoch uint64
+		if err := rows.Scan(&id, &i.Peer, &i.Role, &i.Class, &i.NewestSeq, &i.Mark, &i.PeerMark, &i.PeerGeneration, &epoch, &proof); err != nil {
+			return nil, fmt.Errorf("read pools: %w: %w", err, ErrDamaged)
+		}
+		copy(i.ID[:], id)
+		a, err := s.ring(epoch)
+		if err == nil {
+			err = unseal(a, proof, nil, i.rowAAD(s.uuid, epoch))
+		}
+		if err != nil {
+			return nil, fmt.Errorf("row of pool %s: %w: %w; its marks cannot be believed: move database and root file away to start with empty pools", i.ID, err, ErrDamaged)
+		}
+		s.epoch = max(s.epoch, epoch)
+		pools[i.ID] = p
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("read pools: %w", explain(err))
+	}
+	return pools, nil
+}
+
+func (s *Store) readBlocks(ctx context.Context, pools map[uuid.UUID]*pool) (found []*damage, err error) {
+	rows, err := s.w.QueryContext(ctx, `SELECT pool, seq, state, class, no_pad, key_count, byte_count, algorithm, tag_m, tag_s, digest,
+		own_cut, peer_cut, generation, epoch, wrap FROM block ORDER BY pool, seq`)
+	if err != nil {
+		return nil, fmt.Errorf("read blocks: %w", explain(err))
+	}
+	defer func() { err = errors.Join(err, rows.Close()) }()
+	for rows.Next() {
+		h := &header{}
+		var id, tagM, tagS, digest []byte
+		if err := rows.Scan(&id, &h.seq, &h.state, &h.class, &h.noPad, &h.count, &h.bytes, &h.algorithm, &tagM, &tagS, &digest,
+			&h.cut[0], &h.cut[1], &h.generation, &h.epoch, &h.wrap); err != nil {
+			return nil, fmt.Errorf("read blocks: %w: %w", err, ErrDamaged)
+		}
+		copy(h.pool[:], id)
+		copy(h.tagM[:], tagM)
+		copy(h.tagS[:], tagS)
+		copy(h.digest[:], digest)
+		p := pools[h.pool]
+		if p == nil {
+			return nil, fmt.Errorf("%s: its pool is missing: %w", where(h.pool, h.seq), ErrDamaged)
+		}
+		p.blocks = append(p.blocks, h)
+		k, err := s.unwrapKey(h)
+		switch {
+		case errors.Is(err, ErrDamaged):
+			// Nothing of the row can be believed; what describes it must not panic.
+			h.count = min(max(h.count, 1), int(key.MaxIndex)+1)
+			h.seq = min(h.seq, key.MaxSeq)
+			found = append(found, &damage{h, err})
+		case err != nil:
+			return nil, err
+		default:
+			k.Wipe()
+			s.epoch = max(s.epoch, h.epoch)
+		}
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("read blocks: %w", explain(err))
+	}
+	return found, nil
+}
+
+// readParts checks that every part is there in its right size; whether it opens
+// shows when it is read.
+func (s *Store) readParts(ctx context.Context, pools map[uuid.UUID]*pool) (found []*damage, err error) {
+	rows, err := s.w.QueryContext(ctx, `SELECT pool, seq, part, length(ids), length(box) FROM part ORDER BY pool, seq, part`)
+	if err != nil {
+		return nil, fmt.Errorf("read parts: %w", explain(err))
+	}
+	defer func() { err = errors.Join(err, rows.Close()) }()
+	have := map[*header]int{} // parts in order, from the first that is not cut out
+	for rows.Next() {
+		var id []byte
+		var seq uint64
+		var part, ids, box int
+		if err := rows.Scan(&id, &seq, &part, &ids, &box); err != nil {
+			return nil, fmt.Errorf("read parts: %w: %w", err, ErrDamaged)
+		}
+		var u uuid.UUID
+		copy(u[:], id)
+		p := pools[u]
+		if p == nil {
+			return nil, fmt.Errorf("part of %s: its pool is missing: %w", where(u, seq), ErrDamaged)
+		}
+		i, ok := p.find(seq)
+		if !ok {
+			return nil, fmt.Errorf("part of %s: its block is missing: %w", where(u, seq), ErrDamaged)
+		}
+		h := p.blocks[i]
+		n := h.size(part)
+		if n > 0 && ids == n*16 && box == n*key.MasterSize+boxOverhead {
+			have[h]++
+		}
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("read parts: %w", explain(err))
+	}
+	for _, p := range pools {
+		for _, h := range p.blocks {
+			if want := h.parts() - p.cutParts(h); have[h] != want {
+				found = append(found, &damage{h, fmt.Errorf("%d sound parts, want %d", have[h], want)})
+			}
+		}
+	}
+	return found, nil
+}
