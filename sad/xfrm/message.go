@@ -329,4 +329,3 @@ func (m *message) getAE(id ID) {
 	m.add(append(append(usersaID(id), src[:]...), make([]byte, 8)...))
 	m.mark(id.Mark)
 }
-
