@@ -138,6 +138,7 @@ func TestFaults(t *testing.T) {
 		"wildcard id":       {[][2]string{{`remote_id = "b.gw.q-ipsec"`, `remote_id = "*.gw.q-ipsec"`}}, "ipsec.connection[0].remote_id"},
 		"own id":            {[][2]string{{`remote_id = "b.gw.q-ipsec"`, `remote_id = "a.gw.q-ipsec"`}}, "ipsec.connection[0].remote_id"},
 		"selectors":         {[][2]string{{`["10.1.0.0/24"]`, `["10.1.0.1/24", "here"]`}, {`["10.2.0.0/24"]`, `[]`}}, "ipsec.connection[0].child[0].local_ts[0] ipsec.connection[0].child[0].local_ts[1] ipsec.connection[0].child[0].remote_ts"},
+		"half of all":       {[][2]string{{`["10.1.0.0/24"]`, `["128.0.0.0/1"]`}}, "ipsec.connection[0].child[0].local_ts[0]"},
 		"key outlived":      {[][2]string{{`# rekey_time = "10m"`, `rekey_time = "1h"`}}, "ipsec.connection[0].child[0].rekey_time"},
 		"bytes outlived":    {[][2]string{{"# max_key_bytes = 0", "max_key_bytes = 1000"}, {"# rekey_bytes = 0", "rekey_bytes = 1000"}}, "ipsec.connection[0].child[0].rekey_bytes"},
 		"start":             {[][2]string{{`start = "now"`, `start = "later"`}}, "ipsec.connection[0].child[0].start"},
@@ -174,6 +175,36 @@ func TestNotTOML(t *testing.T) {
 		if _, err := ParseNode("f", "/", []byte(text)); err == nil {
 			t.Errorf("%q was taken", text)
 		}
+	}
+}
+
+func TestGuard(t *testing.T) {
+	text := strings.Replace(sample(t), `["10.2.0.0/24"]`, `["10.2.0.0/24", "192.0.2.2/32"]`, 1)
+	text += "\n" + `[[ipsec.connection]]
+name = "opt"
+policy = "optional"
+local_sae = "a-ipsec"
+peer_sae = "b-ipsec"
+local_addr = "192.0.2.1"
+remote_addr = "192.0.2.2"
+local_id = "a.gw.q-ipsec"
+remote_id = "b.gw.q-ipsec"
+[[ipsec.connection.child]]
+name = "opt"
+local_ts = ["10.1.0.0/24"]
+remote_ts = ["10.9.0.0/24"]
+`
+	n, err := ParseNode("f", "/", []byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	remotes, allow := n.Guarded()
+	if want := []netip.Prefix{netip.MustParsePrefix("10.2.0.0/24"), netip.MustParsePrefix("192.0.2.2/32")}; !reflect.DeepEqual(remotes, want) {
+		t.Errorf("guarded: %v, want %v", remotes, want)
+	}
+	peer := netip.MustParsePrefix("192.0.2.2/32")
+	if want := []Channel{{peer, 6, 0, 8441}, {peer, 6, 8441, 0}}; !reflect.DeepEqual(allow, want) {
+		t.Errorf("allowed: %v, want %v", allow, want)
 	}
 }
 

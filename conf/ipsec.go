@@ -186,6 +186,9 @@ func (r *reader) prefixes(field string, text []string) []netip.Prefix {
 			r.fault(at, "%q: want a prefix such as 10.1.0.0/16", s)
 			continue
 		}
+		if p.Bits() == 1 {
+			r.fault(at, "%q: the guard's own policies have this selector; name 0.0.0.0/0 or ::/0, or smaller networks", s)
+		}
 		if p != p.Masked() {
 			r.fault(at, "%q has bits set behind the prefix; %v is meant?", s, p.Masked())
 		}
