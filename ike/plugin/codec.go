@@ -534,3 +534,6 @@ func printable(s string) string {
 	}
 	return string(b)
 }
+
+// AckFrame is the ACK of INSTALLED.
+func AckFrame() []byte { return newWriter(make([]byte, 0, headerSize), kindAck).b }
