@@ -402,12 +402,18 @@ static bool bind_child(qi_call_t *call, ike_sa_t *ike_sa, state_t *state,
 {
 	chunk_t *confirm = state->responder ? &state->c_i : &state->c_r;
 	chunk_t value;
+	char text[37];
 
 	put_sa(call, ike_sa);
 	qi_put_u8(call, QI_T_RESPONDER, state->responder);
 	if (key_id_of(nonce_i, &value))
 	{
 		qi_put(call, QI_T_KEY_ID, value.ptr, value.len);
+		if (state->responder)
+		{
+			DBG1(DBG_IKE, "qipsec: connection '%s': nonce received with Key-ID %s",
+				 ike_sa->get_name(ike_sa), uuid(value, text));
+		}
 	}
 	qi_put(call, QI_T_NI, nonce_i.ptr, nonce_i.len);
 	qi_put(call, QI_T_NR, nonce_r.ptr, nonce_r.len);
