@@ -70,6 +70,7 @@ func (a *arena) alloc(n int) ([]byte, error) {
 // takes it back. Nobody had more of the slot than that length, so all of the
 // slot is zero again.
 func (a *arena) free(b []byte) {
+	trace(b)
 	clear(b)
 	if len(b) > maxSlot {
 		_ = unix.Munmap(b) // fails only for what is not a mapping; alloc made it one
