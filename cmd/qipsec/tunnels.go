@@ -1,0 +1,142 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/q-ipsec/q-ipsec/kms/operator"
+)
+
+func tunnelCommands() []command {
+	list := []command{
+		{
+			name: "tunnels", about: "show the connections and their CHILD_SAs",
+			example: "qipsec tunnels",
+			setup: func(fs *flag.FlagSet) func(context.Context, *app, []string) error {
+				f := newNodeFlags(fs)
+				return func(ctx context.Context, a *app, args []string) error {
+					if err := wantArgs(args, 0); err != nil {
+						return err
+					}
+					return ask(ctx, a, f, func(ctx context.Context, c *operator.Client) ([]operator.Tunnel, error) { return c.Tunnels(ctx) }, printTunnels)
+				}
+			},
+		},
+		{
+			name: "sa", about: "show the SAs that qipsecd put in the kernel's SAD",
+			detail:  "The fingerprint of an SA's key is the same at both ends; the key itself is not shown.",
+			example: "qipsec sa --json",
+			setup: func(fs *flag.FlagSet) func(context.Context, *app, []string) error {
+				f := newNodeFlags(fs)
+				return func(ctx context.Context, a *app, args []string) error {
+					if err := wantArgs(args, 0); err != nil {
+						return err
+					}
+					return ask(ctx, a, f, func(ctx context.Context, c *operator.Client) ([]operator.SA, error) { return c.SAs(ctx) }, printSAs)
+				}
+			},
+		},
+		{
+			name: "explain", args: "CONNECTION", about: "say why a connection is up or not, and what to do",
+			detail:  "Exit code 1 if it is not up.",
+			example: "qipsec explain a-b",
+			setup:   setupExplain,
+		},
+	}
+	return append(list,
+		actionCommand(operator.Initiate, "set a connection up"),
+		actionCommand(operator.Rekey, "give a connection's CHILD_SAs a fresh quantum key"),
+		actionCommand(operator.Terminate, "take a connection down"))
+}
+
+func actionCommand(action operator.Action, about string) command {
+	return command{
+		name: "tunnels " + string(action), args: "CONNECTION", about: about,
+		example: "qipsec tunnels " + string(action) + " a-b",
+		setup: func(fs *flag.FlagSet) func(context.Context, *app, []string) error {
+			f := newNodeFlags(fs)
+			return func(ctx context.Context, a *app, args []string) error {
+				if err := wantArgs(args, 1); err != nil {
+					return err
+				}
+				c, ctx, cancel, err := f.client(ctx)
+				if err != nil {
+					return err
+				}
+				defer cancel()
+				defer c.Close()
+				if err := c.Do(ctx, args[0], action); err != nil {
+					return err
+				}
+				if *f.json {
+					return printJSON(a.out, map[string]string{"connection": args[0], "done": string(action)})
+				}
+				fmt.Fprintf(a.out, "%s: %s done\n", args[0], action)
+				return nil
+			}
+		},
+	}
+}
+
+func setupExplain(fs *flag.FlagSet) func(context.Context, *app, []string) error {
+	f := newNodeFlags(fs)
+	return func(ctx context.Context, a *app, args []string) error {
+		if err := wantArgs(args, 1); err != nil {
+			return err
+		}
+		up := false
+		err := ask(ctx, a, f, func(ctx context.Context, c *operator.Client) (operator.Explanation, error) {
+			e, err := c.Explain(ctx, args[0])
+			up = e.Up
+			return e, err
+		}, printExplanation)
+		if err == nil && !up {
+			err = fmt.Errorf("%s is not up", args[0])
+		}
+		return err
+	}
+}
+
+func printExplanation(a *app, e operator.Explanation) error {
+	for _, c := range e.Checks {
+		mark := "ok  "
+		if !c.OK {
+			mark = "FAIL"
+		}
+		fmt.Fprintf(a.out, "%s  %-12s %s\n", mark, c.What, c.Text)
+		if c.Advice != "" {
+			fmt.Fprintf(a.out, "      %-12s -> %s\n", "", c.Advice)
+		}
+	}
+	if len(e.Events) > 0 {
+		fmt.Fprintln(a.out)
+		return printEvents(a, e.Events)
+	}
+	return nil
+}
+
+func printTunnels(a *app, list []operator.Tunnel) error {
+	var rows [][]string
+	for _, t := range list {
+		rows = append(rows, []string{t.Connection, "", t.State, t.Policy, t.KME, t.PeerSAE, "", t.Why})
+		for _, c := range t.Children {
+			age := ""
+			if c.KeyID != "" {
+				age = (time.Duration(c.AgeS) * time.Second).String()
+			}
+			rows = append(rows, []string{"", c.Name, c.State, c.KeyClass, "", c.KeyID, age, ""})
+		}
+	}
+	return table(a.out, "CONNECTION CHILD STATE POLICY/CLASS KME PEER/KEY-ID AGE WHY", rows)
+}
+
+func printSAs(a *app, list []operator.SA) error {
+	rows := make([][]string, len(list))
+	for i, s := range list {
+		rows[i] = []string{s.Connection, s.Direction, s.Src, s.Dst, s.SPI, s.Algorithm, s.KeyID, s.Fingerprint, strconv.FormatUint(s.Packets, 10)}
+	}
+	return table(a.out, "CONNECTION DIR SRC DST SPI ALGORITHM KEY-ID FINGERPRINT PACKETS", rows)
+}
