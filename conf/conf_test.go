@@ -15,7 +15,7 @@ import (
 	"github.com/q-ipsec/q-ipsec/kms/pki"
 )
 
-const sampleDir = "/etc/qipsec"
+const sampleDir = "/etc/q-ipsec"
 
 func sample(t *testing.T) string {
 	t.Helper()
@@ -31,10 +31,10 @@ func TestSample(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n.Name != "a" || n.KMS.Type2Listen != netip.MustParseAddrPort("192.0.2.1:8442") || n.KMS.Type1.Key != "/etc/qipsec/pki/km.key" {
+	if n.Name != "a" || n.KMS.Type2Listen != netip.MustParseAddrPort("192.0.2.1:8442") || n.KMS.Type1.Key != "/etc/q-ipsec/pki/km.key" {
 		t.Errorf("%+v", n)
 	}
-	if p := n.KMS.Pairs[0]; p.Role != key.Master || p.Algorithm != Poly1305 || p.Intake != "/etc/qipsec/intake" || p.MaxAge != 7*24*time.Hour {
+	if p := n.KMS.Pairs[0]; p.Role != key.Master || p.Algorithm != Poly1305 || p.Intake != "/etc/q-ipsec/intake" {
 		t.Errorf("%+v", p)
 	}
 	c := n.IPsec.Connection[0]
@@ -118,7 +118,7 @@ func TestFaults(t *testing.T) {
 		"peer is us":        {[][2]string{{"name = \"b\"\naddress", "name = \"a\"\naddress"}}, "kms.peer[0].name kms.pair[0].peer kms.sae[1].node kms.sae[3].node"},
 		"pair":              {[][2]string{{`"0f4d7c9e-3b1a-8c2d-9e4f-5a6b7c8d9e0f"`, `"0f4d7c9e"`}, {`role = "master"`, `role = "boss"`}, {`# algorithm = "poly1305"`, `algorithm = "sha-1"`}}, "kms.pair[0].id kms.pair[0].role kms.pair[0].algorithm"},
 		"same device":       {[][2]string{{"00000000000b", "00000000000a"}}, "kms.pair[0].peer_qkd_id"},
-		"ranges":            {[][2]string{{"# lease = 1024  ", "lease = 0 # "}, {`# notice_ttl = "5m"`, `notice_ttl = "2h"`}, {`# ratchet_interval = "10m"`, `ratchet_interval = "11m"`}, {"# low_water = 1024", "low_water = 10000000"}}, "kms.lease kms.notice_ttl kms.ratchet_interval kms.pair[0].low_water"},
+		"ranges":            {[][2]string{{"# lease = 1024  ", "lease = 0 # "}, {`# notice_ttl = "5m"`, `notice_ttl = "2h"`}, {`# ratchet_interval = "10m"`, `ratchet_interval = "11m"`}}, "kms.lease kms.notice_ttl kms.ratchet_interval"},
 		"no unit":           {[][2]string{{`# intake_interval = "1s"`, `intake_interval = "1"`}}, "kms.intake_interval"},
 		"sae twice":         {[][2]string{{`id = "b-te"`, `id = "a-te"`}}, "kms.sae[3].id kms.sae[2].peers"},
 		"sae peers":         {[][2]string{{`peers = ["b-te"]`, `peers = ["a-ipsec"]`}, {`peers = ["b-ipsec"] `, `# `}}, "kms.sae[0].peers kms.sae[2].peers ipsec.connection[0].local_sae"},
@@ -283,7 +283,7 @@ func installed(t *testing.T) string {
 		}
 	}
 	name := filepath.Join(dir, "qipsecd.toml")
-	text := strings.Replace(sample(t), `# state_dir = "/var/lib/qipsec"`, `state_dir = "state"`, 1)
+	text := strings.Replace(sample(t), `# state_dir = "/var/lib/q-ipsec"`, `state_dir = "state"`, 1)
 	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -334,7 +334,7 @@ func TestLoadChecksFiles(t *testing.T) {
 		t.Error("a missing file was loaded")
 	}
 	text := strings.Replace(sample(t), `# feeder = ""`, `feeder = "no-such-user-here"`, 1)
-	if err := os.WriteFile(name, []byte(strings.Replace(text, `# state_dir = "/var/lib/qipsec"`, `state_dir = "state"`, 1)), 0o600); err != nil {
+	if err := os.WriteFile(name, []byte(strings.Replace(text, `# state_dir = "/var/lib/q-ipsec"`, `state_dir = "state"`, 1)), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := LoadNode(name); err == nil || !strings.Contains(err.Error(), "kms.pair[0].feeder") {

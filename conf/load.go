@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -15,18 +16,15 @@ import (
 
 // The defaults of qipsecd.toml; the sample file shows each in its place.
 const (
-	defaultStateDir       = "/var/lib/qipsec"
-	defaultSocket         = "/run/qipsec/operator.sock"
+	defaultStateDir       = "/var/lib/q-ipsec"
+	defaultSocket         = "/run/q-ipsec/operator.sock"
 	defaultVICI           = "/run/charon.vici"
-	defaultPlugin         = "/run/qipsec/plugin.sock"
+	defaultPlugin         = "/run/q-ipsec/plugin.sock"
 	defaultIntakeInterval = time.Second
 	defaultLease          = 1024
 	defaultNoticeTTL      = 5 * time.Minute
 	defaultRatchet        = 10 * time.Minute
 	defaultRatchetKeys    = 100_000
-	defaultMaxAge         = 7 * 24 * time.Hour
-	defaultLowWater       = 1024
-	defaultMaxStore       = 10_000_000
 	defaultMaxKeyAge      = time.Hour
 	defaultIKERekey       = 4 * time.Hour
 	defaultChildRekey     = 10 * time.Minute
@@ -78,6 +76,7 @@ func (r *reader) node(text []byte) *Node {
 			Level: parse(r, "log.level", raw.Log.Level, slog.LevelInfo, parseLevel),
 		},
 	}
+	n.RootFile = r.path("node.root_file", raw.Node.RootFile, filepath.Join(n.StateDir, "root"))
 	if raw.KMS == nil && raw.IPsec == nil {
 		r.fault("", "neither [kms] nor [ipsec]: this node would do nothing")
 	}
@@ -144,15 +143,9 @@ func (r *reader) pairs(k *KMS, raw []rawPair, nodes map[string]string, self stri
 			Intake:    r.path(at+"intake", p.Intake, ""),
 			Feeder:    p.Feeder,
 			Algorithm: parse(r, at+"algorithm", p.Algorithm, Poly1305, oneOf(Poly1305, SHA256, SHA3256)),
-			MaxAge:    parse(r, at+"max_age", p.MaxAge, defaultMaxAge, span(time.Minute, 366*24*time.Hour)),
-			LowWater:  int(r.number(at+"low_water", p.LowWater, defaultLowWater, 0, 1<<40)),
-			MaxStore:  int(r.number(at+"max_store", p.MaxStore, defaultMaxStore, 1, 1<<40)),
 		}
 		if _, ok := nodes[v.Peer]; v.Peer != "" && (!ok || v.Peer == self) {
 			r.fault(at+"peer", "%q is no [[kms.peer]]", v.Peer)
-		}
-		if v.LowWater >= v.MaxStore {
-			r.fault(at+"low_water", "%d is not below max_store, %d", v.LowWater, v.MaxStore)
 		}
 		r.unique(at+"id", p.ID, ids)
 		r.unique(at+"intake", v.Intake, intakes)

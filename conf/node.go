@@ -14,7 +14,8 @@ import (
 // Node is the configuration of qipsecd. At least one of KMS and IPsec is there.
 type Node struct {
 	Name     string // [node] name
-	StateDir string // inventory and root file; 0700
+	StateDir string // inventory; 0700
+	RootFile string // secret that opens the inventory; in no backup of it
 	KMS      *KMS   // nil: no [kms]; keys come from KMEs of others
 	IPsec    *IPsec // nil: no [ipsec]; only a key management node
 	Operator Operator
@@ -71,15 +72,13 @@ const (
 
 // Pair is a QKD pair: two QKDEs on one link, this node feeding from one end.
 type Pair struct {
-	ID                 uuid.UUID // also the id of the pool
-	Role               key.Role
-	Peer               string // node at the other end
-	QKDID, PeerQKDID   uuid.UUID
-	Intake             string    // directory of QKD-Key files
-	Feeder             string    // user whose files are taken: a name or a number; empty: our own
-	Algorithm          Algorithm // M102
-	MaxAge             time.Duration
-	LowWater, MaxStore int // keys: below LowWater an alarm, at MaxStore intake waits
+	ID               uuid.UUID // also the id of the pool
+	Role             key.Role
+	Peer             string // node at the other end
+	QKDID, PeerQKDID uuid.UUID
+	Intake           string    // directory of QKD-Key files
+	Feeder           string    // user whose files are taken: a name or a number; empty: our own
+	Algorithm        Algorithm // M102
 }
 
 // SAE is a consumer of keys that this node's KSA knows, local or at a peer.

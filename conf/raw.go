@@ -16,6 +16,7 @@ type rawNode struct {
 type rawNodeSection struct {
 	Name     string `toml:"name"`
 	StateDir string `toml:"state_dir"`
+	RootFile string `toml:"root_file"`
 }
 
 type rawLog struct {
@@ -67,9 +68,6 @@ type rawPair struct {
 	Intake    string `toml:"intake"`
 	Feeder    string `toml:"feeder"`
 	Algorithm string `toml:"algorithm"`
-	MaxAge    string `toml:"max_age"`
-	LowWater  *int64 `toml:"low_water"`
-	MaxStore  *int64 `toml:"max_store"`
 }
 
 type rawSAE struct {

@@ -13,17 +13,17 @@ func TestSimSample(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := ParseSim("qkdsim.toml", "/etc/qipsec", text)
+	s, err := ParseSim("qkdsim.toml", "/etc/q-ipsec", text)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s.Master.Dir != "/etc/qipsec/intake-a" || s.Slave.SFTP == nil || s.Slave.SFTP.HostKey != "/etc/qipsec/sftp-host.pub" || s.Speed != 1 || s.KeysPerFile != 1000 {
+	if s.Master.Dir != "/etc/q-ipsec/intake-a" || s.Slave.SFTP == nil || s.Slave.SFTP.HostKey != "/etc/q-ipsec/sftp-host.pub" || s.Speed != 1 || s.KeysPerFile != 1000 {
 		t.Errorf("sample reads as %+v", s)
 	}
 	// Every default that the sample shows is the one that holds: with the
 	// comment signs off nothing changes but the optional control section.
 	on := uncomment(string(text))
-	all, err := ParseSim("qkdsim.toml", "/etc/qipsec", []byte(on))
+	all, err := ParseSim("qkdsim.toml", "/etc/q-ipsec", []byte(on))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -21,7 +21,7 @@ func guardCommands() []command {
 		{
 			name: "guard install", about: "put the guard in the kernel, or what of it is missing",
 			detail:  what + " qipsec-guard.service runs this at boot.",
-			example: "qipsec guard install --config /etc/qipsec/qipsecd.toml",
+			example: "qipsec guard install --config /etc/q-ipsec/qipsecd.toml",
 			setup: guardSetup(func(ctx context.Context, a *app, g *sad.Guard, c sad.GuardConfig, _ bool) error {
 				if err := g.Install(ctx, c); err != nil {
 					return err

@@ -61,7 +61,7 @@ type pairPlan struct {
 func initCommands() []command {
 	return []command{{
 		name: "init", args: "--pair A B", about: "write configs and certificates of two nodes that share a QKD link",
-		detail: "Makes OUT/A and OUT/B, each to be copied as it is to /etc/qipsec of its node, and\n" +
+		detail: "Makes OUT/A and OUT/B, each to be copied as it is to /etc/q-ipsec of its node, and\n" +
 			"OUT/ca with the keys of the CAs, to be kept offline. The first node is the pair's\n" +
 			"master and sets the tunnel up.",
 		example: "qipsec init --pair paris lyon --address 192.0.2.1,192.0.2.2 --subnet 10.1.0.0/24,10.2.0.0/24 --out site",
@@ -250,7 +250,7 @@ func (p *pairPlan) next(w io.Writer, out string) error {
 	steps := []string{
 		fmt.Sprintf("keep %s offline; `qipsec pki issue` needs it for more certificates", filepath.Join(out, "ca")),
 		fmt.Sprintf("look over %s/qipsecd.toml and %s/qipsecd.toml", dirA, dirB),
-		fmt.Sprintf("copy each directory, as root, to its node: scp -rp %s root@%s:/etc/qipsec", dirB, p.Sites[1].KM),
+		fmt.Sprintf("copy each directory, as root, to its node: scp -rp %s root@%s:/etc/q-ipsec", dirB, p.Sites[1].KM),
 		"let the QKD devices, or qkdsim, deliver QKD-Key files into the intake directories",
 		"on each node: systemctl enable --now qipsec-guard qipsecd",
 		"qipsec status; qipsec explain " + a + "-" + b,

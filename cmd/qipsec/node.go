@@ -17,7 +17,7 @@ import (
 )
 
 const (
-	defaultConfig = "/etc/qipsec/qipsecd.toml"
+	defaultConfig = "/etc/q-ipsec/qipsecd.toml"
 	socketEnv     = "QIPSEC_SOCKET"
 	askTimeout    = 40 * time.Second
 )

@@ -190,7 +190,7 @@ func TestInitVariants(t *testing.T) {
 	out := filepath.Join(t.TempDir(), "v6")
 	text := mustRun(t, "init", "--pair", "a", "b", "--out", out, "--address", "2001:db8::1,2001:db8::2", "--km-address", "192.0.2.1,192.0.2.2", "--subnet", "2001:db8:a::/64,2001:db8:b::/64")
 	n, err := conf.LoadNode(filepath.Join(out, "a/qipsecd.toml"))
-	if err != nil || n.KMS.Type1Listen.String() != "192.0.2.1:8441" || n.IPsec.Connection[0].RemoteAddr.String() != "2001:db8::2" || n.StateDir != "/var/lib/qipsec" {
+	if err != nil || n.KMS.Type1Listen.String() != "192.0.2.1:8441" || n.IPsec.Connection[0].RemoteAddr.String() != "2001:db8::2" || n.StateDir != "/var/lib/q-ipsec" {
 		t.Errorf("%+v %v", n, err)
 	}
 	for _, must := range []string{"offline", "systemctl", "qipsec explain a-b"} {

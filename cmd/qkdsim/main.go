@@ -25,7 +25,7 @@ import (
 )
 
 func main() {
-	config := flag.String("config", "/etc/qipsec/qkdsim.toml", "config `file`")
+	config := flag.String("config", "/etc/q-ipsec/qkdsim.toml", "config `file`")
 	check := flag.Bool("check", false, "check the config and exit")
 	flag.Parse()
 	if flag.NArg() > 0 {
