@@ -30,10 +30,14 @@ func parseContainer(b []byte, sizeBits int) (keys []key.SupplyKey, err error) {
 		return nil, fmt.Errorf("etsi014: key container: %w", err)
 	}
 	seen := make(map[key.ID]bool)
+	lists := 0
 	err = c.object(func(name []byte) error {
 		if !is(name, "keys") {
 			c.skip()
 			return nil
+		}
+		if lists++; lists > 1 {
+			return errors.New("there are two lists of keys")
 		}
 		return c.array(func() error {
 			k, err := parseKey(c)
@@ -72,6 +76,9 @@ func parseKey(c *cursor) (k key.SupplyKey, err error) {
 			s, err := c.str()
 			if err != nil {
 				return fmt.Errorf("key_ID: %w", err)
+			}
+			if !k.ID.IsZero() {
+				return errors.New("an entry has two key_IDs")
 			}
 			if k.ID, err = key.ParseID(string(s)); err != nil {
 				return err
