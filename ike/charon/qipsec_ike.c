@@ -50,7 +50,7 @@ typedef struct {
 	/** last incoming message of an exchange that sets up a CHILD_SA */
 	bool responder;
 	uint8_t exchange;
-	/** SENT failed: its CHILD_SA is refused without asking */
+	/** SENT failed: the CHILD_SA we asked for is refused without asking qipsecd */
 	bool failed;
 	/** our Ni of IKE_SA_INIT if it carries a Key-ID */
 	chunk_t ni;
@@ -470,7 +470,8 @@ static bool derive_child_keys(keymat_v2_t *this, proposal_t *proposal, void *ke,
 	}
 	qi_call_init(&call, QI_BIND);
 	good = tokenise(&call, chunks);
-	if (good && (qi_unfit() || !state || !state->exchange || state->failed))
+	if (good && (qi_unfit() || !state || !state->exchange ||
+				 (state->failed && !state->responder)))
 	{
 		snprintf(call.why, sizeof(call.why), "%s", qi_unfit() ?:
 				 !state || !state->exchange ? "its exchange was not seen" :
