@@ -1,0 +1,277 @@
+package kma
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+
+	"github.com/google/uuid"
+
+	"github.com/q-ipsec/q-ipsec/kms/key"
+	"github.com/q-ipsec/q-ipsec/kms/type1"
+)
+
+// link names the session's instances, from us to the peer; the caller has the
+// turn or mu.
+func (p *pool) link() type1.Link { return type1.Link{From: p.a.instance, To: p.peerInstance} }
+
+// checkLink refuses what was not sent by the peer's process that we met to the
+// one that we are. The caller has the turn.
+func (p *pool) checkLink(l type1.Link) error {
+	if l.To != p.a.instance || l.From != p.peerInstance {
+		return &type1.Problem{Code: type1.NotSynced, Detail: "the message is not from or to the instances of this session"}
+	}
+	return nil
+}
+
+// state is our side of a sync. The caller has the turn.
+func (p *pool) state(ctx context.Context) (type1.SyncState, error) {
+	st := type1.SyncState{Instance: p.a.instance, Generation: p.a.o.Store.Generation()}
+	info, err := p.a.o.Store.Pool(ctx, p.ID)
+	if err != nil {
+		return st, err
+	}
+	blocks, err := p.a.o.Store.Blocks(ctx, p.ID)
+	if err != nil {
+		return st, err
+	}
+	var received, active []uint64
+	for _, b := range blocks {
+		switch b.State {
+		case key.Received:
+			received = append(received, b.Seq)
+		case key.Active:
+			active = append(active, b.Seq)
+		}
+	}
+	st.Mark, st.PeerMark, st.NewestSeq = type1.Position(info.Mark), type1.Position(info.PeerMark), info.NewestSeq
+	st.Received, st.Active = type1.Ranges(received), type1.Ranges(active)
+	return st, nil
+}
+
+// sync opens a session: SYNC, then BURN if leases were lost. Without error the
+// pool is synced.
+func (p *pool) sync(ctx context.Context) error {
+	st, epoch, err := p.beforeSync(ctx)
+	if err != nil {
+		return err
+	}
+	resp, err := p.peer.Sync(ctx, type1.SyncRequest{Pool: p.ID, SyncState: st})
+	if err != nil {
+		return err
+	}
+	burn, upTo, epoch, err := p.afterSync(ctx, resp.SyncState, epoch)
+	if err != nil {
+		return err
+	}
+	if burn != nil {
+		r, err := p.peer.Burn(ctx, *burn)
+		if err != nil {
+			return err
+		}
+		if len(r.Keep) > 0 {
+			p.log.Info("burned what a former process had leased; the peer keeps keys that it has supply notices for", "up_to", upTo, "kept", len(r.Keep))
+		}
+	}
+	if err := p.acquire(ctx); err != nil {
+		return err
+	}
+	defer p.release()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.epoch != epoch {
+		return errChanged
+	}
+	p.burnDue, p.synced = false, true
+	p.changed()
+	p.log.Info("synchronised with the peer", "mark", upTo, "peer_mark", key.Position(resp.Mark))
+	return nil
+}
+
+func (p *pool) beforeSync(ctx context.Context) (type1.SyncState, uint64, error) {
+	if err := p.acquire(ctx); err != nil {
+		return type1.SyncState{}, 0, err
+	}
+	defer p.release()
+	st, err := p.state(ctx)
+	return st, p.epoch, err
+}
+
+// afterSync meets the peer by its answer and prepares the BURN, nil if none is
+// due.
+func (p *pool) afterSync(ctx context.Context, st type1.SyncState, epoch uint64) (*type1.BurnRequest, key.Position, uint64, error) {
+	if err := p.acquire(ctx); err != nil {
+		return nil, 0, 0, err
+	}
+	defer p.release()
+	if p.epoch != epoch && p.peerInstance != st.Instance {
+		return nil, 0, 0, errChanged // the answer is from a process that is gone
+	}
+	if err := p.meet(ctx, st); err != nil {
+		return nil, 0, 0, err
+	}
+	info, err := p.a.o.Store.Pool(ctx, p.ID)
+	if err != nil {
+		return nil, 0, 0, err
+	}
+	if !p.burnDue || info.Mark == 0 {
+		return nil, info.Mark, p.epoch, nil
+	}
+	return &type1.BurnRequest{Pool: p.ID, Link: p.link(), Generation: p.a.o.Store.Generation(), UpTo: type1.Position(info.Mark)}, info.Mark, p.epoch, nil
+}
+
+// onSync answers the peer's SYNC; with the turn.
+func (p *pool) onSync(ctx context.Context, r type1.SyncRequest) (type1.SyncResponse, error) {
+	if err := p.meet(ctx, r.SyncState); err != nil {
+		return type1.SyncResponse{}, err
+	}
+	st, err := p.state(ctx)
+	kick(p.hello)
+	return type1.SyncResponse{SyncState: st}, err
+}
+
+// onBurn destroys what the peer's lost leases left here; with the turn.
+func (p *pool) onBurn(ctx context.Context, r type1.BurnRequest) (type1.BurnResponse, error) {
+	if err := p.checkLink(r.Link); err != nil {
+		return type1.BurnResponse{}, err
+	}
+	upTo := key.Position(r.UpTo)
+	kept, gone := p.drop(upTo, p.a.keep(p.ID, upTo))
+	if gone > 0 || len(kept) > 0 {
+		p.log.Info("the peer has burned its leases", "up_to", upTo, "destroyed", gone, "kept", len(kept))
+		p.record(ctx, History{Side: Other, First: 1, Last: upTo, State: key.Destroyed, Count: gone, Detail: fmt.Sprintf("burned by the peer, %d kept for supply notices", len(kept))})
+	}
+	return type1.BurnResponse{Keep: kept}, nil
+}
+
+// meet takes in what the peer says of itself, in a request or an answer; with
+// the turn. Of an instance that was met before, only a higher idea of our own
+// mark counts: its own marks come by leases, its blocks by M102.
+func (p *pool) meet(ctx context.Context, st type1.SyncState) error {
+	info, err := p.a.o.Store.Pool(ctx, p.ID)
+	if err != nil {
+		return err
+	}
+	fresh := st.Instance != p.peerInstance
+	if restored := key.Position(st.PeerMark); restored > info.Mark {
+		p.reset(ctx, restored)
+		lost, err := p.a.o.Store.AdoptMark(ctx, p.ID, Own, restored)
+		if err != nil {
+			return fmt.Errorf("kma: adopt our mark %s, which the peer knows: %w", restored, err)
+		}
+		p.a.event("STORE_RESTORED", "alarm", "the peer knows a later lease of ours than our own store: it was restored from a copy; the keys in question are given up",
+			slog.String("pool", p.ID.String()), slog.String("own_mark", info.Mark.String()), slog.String("adopted", restored.String()), slog.Int("given_up", lost))
+		p.log.Error("our store is older than what the peer knows: mark adopted", "own_mark", info.Mark, "adopted", restored, "given_up", lost)
+		fresh = true
+	}
+	if !fresh {
+		return nil
+	}
+	p.reset(ctx, max(info.Mark, key.Position(st.PeerMark)))
+	if mark := key.Position(st.Mark); mark > info.PeerMark {
+		if _, err := p.a.o.Store.AdoptMark(ctx, p.ID, Other, mark); err != nil {
+			return fmt.Errorf("kma: adopt the peer's mark %s: %w", mark, err)
+		}
+	}
+	if st.Generation < info.PeerGeneration {
+		p.a.event("PEER_RESTORED", "alarm", "the peer's store is older than one we have met: it was restored from a copy",
+			slog.String("pool", p.ID.String()), slog.String("peer", p.Peer), slog.Uint64("generation", st.Generation), slog.Uint64("known", info.PeerGeneration))
+	}
+	if err := p.reconcile(ctx, st); err != nil {
+		return err
+	}
+	p.refresh(ctx)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.peerInstance = st.Instance // last: after a failure above, the next SYNC starts anew
+	return nil
+}
+
+// reset ends the session: our leased keys, up to mark, have no use any more.
+// With the turn.
+func (p *pool) reset(ctx context.Context, mark key.Position) {
+	p.mu.Lock()
+	n := len(p.own)
+	var first key.Position
+	if n > 0 {
+		first = p.own[0].Position
+	}
+	wipe(p.own)
+	p.own = nil
+	p.peerInstance = uuid.Nil
+	p.synced = false
+	p.burnDue = true
+	p.epoch++
+	p.burned = max(p.burned, mark)
+	p.changed()
+	p.mu.Unlock()
+	p.lastLease, p.lastAfter, p.lastMissing = 0, 0, nil
+	p.mismatch.Store(false)
+	if n > 0 {
+		p.log.Info("burned our lease: the peer's process has changed", "keys", n)
+		p.record(ctx, History{Side: Own, First: first, Last: mark, State: key.Destroyed, Count: n, Detail: "burned: the peer restarted"})
+	}
+}
+
+// reconcile destroys every block that can never be active on both sides; with
+// the turn, after the marks. Both sides come to the same end from each other's
+// lists, whichever of them acts first.
+func (p *pool) reconcile(ctx context.Context, st type1.SyncState) error {
+	blocks, err := p.a.o.Store.Blocks(ctx, p.ID)
+	if err != nil {
+		return err
+	}
+	for _, b := range blocks {
+		why := p.hopeless(&b, st)
+		if why == "" {
+			continue
+		}
+		if err := p.a.o.Store.Destroy(ctx, p.ID, b.Seq, key.Destroyed, why); err != nil {
+			return fmt.Errorf("kma: destroy block %d, %s: %w", b.Seq, why, err)
+		}
+		p.blockEvent("SYNC_DESTROYED", "fault", "a block is on one side only; destroyed", b.Seq, slog.Int("keys", b.Left), slog.String("why", why))
+	}
+	return nil
+}
+
+// hopeless says why b can never be active on both sides, "" if it can.
+func (p *pool) hopeless(b *BlockInfo, st type1.SyncState) string {
+	peerActive, peerReceived := type1.Contains(st.Active, b.Seq), type1.Contains(st.Received, b.Seq)
+	switch {
+	case b.Left == 0:
+		return "" // used up: the store drops it by itself
+	case b.State == key.Active && peerActive, b.State == key.Received && peerReceived:
+		return ""
+	case b.State == key.Active && peerReceived:
+		if p.Role == key.Slave {
+			return "" // M102's answer was lost; the master asks again
+		}
+		return "the slave has forgotten that it agreed"
+	case b.State == key.Received && peerActive:
+		if p.Role == key.Master {
+			return ""
+		}
+		return "this node has forgotten that it agreed"
+	case b.State == key.Received && b.Seq > st.NewestSeq:
+		return "" // the peer's file may still come
+	}
+	return "the peer does not have it"
+}
+
+func (p *pool) blockEvent(code, severity, text string, seq uint64, attrs ...slog.Attr) {
+	attrs = append([]slog.Attr{slog.String("pool", p.ID.String()), slog.String("peer", p.Peer), slog.Uint64("seq", seq)}, attrs...)
+	p.a.event(code, severity, text, attrs...)
+	args := make([]any, len(attrs))
+	for i, a := range attrs {
+		args[i] = a
+	}
+	p.log.Warn(text, append([]any{"code", code}, args...)...)
+}
+
+// record writes history. What was done stands, whatever becomes of its record.
+func (p *pool) record(ctx context.Context, h History) {
+	h.Pool = p.ID
+	if err := p.a.o.Store.Record(context.WithoutCancel(ctx), []History{h}); err != nil {
+		p.log.Error("usage history not written", "err", err)
+	}
+}
