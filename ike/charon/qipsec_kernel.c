@@ -397,6 +397,11 @@ static status_t add_sa(kernel_interface_t *this, kernel_ipsec_sa_id_t *id,
 	return good ? SUCCESS : FAILED;
 }
 
+static char *name_of(ike_sa_t *ike_sa)
+{
+	return ike_sa ? ike_sa->get_name(ike_sa) : "?";
+}
+
 static status_t query_sa(kernel_interface_t *this, kernel_ipsec_sa_id_t *id,
 						 kernel_ipsec_query_sa_t *data, uint64_t *bytes,
 						 uint64_t *packets, time_t *time)
@@ -437,7 +442,8 @@ static status_t query_sa(kernel_interface_t *this, kernel_ipsec_sa_id_t *id,
 	}
 	else
 	{
-		DBG1(DBG_KNL, "qipsec: SA %.8x not queried: %s", ntohl(id->spi), call.why);
+		DBG1(DBG_KNL, "qipsec: connection '%s': SA %.8x not queried: %s",
+			 name_of(ike_sa), ntohl(id->spi), call.why);
 	}
 	qi_call_done(&call);
 	return good ? SUCCESS : FAILED;
@@ -468,7 +474,8 @@ static status_t update_sa(kernel_interface_t *this, kernel_ipsec_sa_id_t *id,
 	good = qi_call_run(&call);
 	if (!good)
 	{
-		DBG1(DBG_KNL, "qipsec: SA %.8x not moved: %s", ntohl(id->spi), call.why);
+		DBG1(DBG_KNL, "qipsec: connection '%s': SA %.8x not moved: %s",
+			 name_of(ike_sa), ntohl(id->spi), call.why);
 	}
 	qi_call_done(&call);
 	return good ? SUCCESS : NOT_SUPPORTED;

@@ -100,7 +100,7 @@ func (f *fake) Gone(plugin.Instance)                            { _ = f.note("go
 var _ plugin.Handler = (*fake)(nil)
 
 // serve starts a server; stop ends it and may be called again.
-func serve(t *testing.T, path string, h plugin.Handler, o plugin.Options) (stop func()) {
+func serve(t testing.TB, path string, h plugin.Handler, o plugin.Options) (stop func()) {
 	t.Helper()
 	s, err := plugin.Listen(path, o)
 	if err != nil {
@@ -122,7 +122,7 @@ func serve(t *testing.T, path string, h plugin.Handler, o plugin.Options) (stop 
 	return stop
 }
 
-func socket(t *testing.T) string { return filepath.Join(t.TempDir(), "q", "plugin.sock") }
+func socket(t testing.TB) string { return filepath.Join(t.TempDir(), "q", "plugin.sock") }
 
 // connected is a server with one charon.
 func connected(t *testing.T) (*fake, *plugintest.Charon) {
@@ -156,7 +156,7 @@ func refused(t *testing.T, err error, text string) {
 	}
 }
 
-func material(t *testing.T, n int) *key.Material {
+func material(t testing.TB, n int) *key.Material {
 	t.Helper()
 	m, err := key.Take(bytes.Repeat([]byte{byte(n)}, n))
 	if err != nil {
@@ -166,14 +166,14 @@ func material(t *testing.T, n int) *key.Material {
 	return m
 }
 
-func addSA(t *testing.T) plugin.AddSA {
+func addSA(t testing.TB) plugin.AddSA {
 	return plugin.AddSA{
 		Connection: "link", Src: netip.MustParseAddrPort("192.0.2.1:500"), Dst: netip.MustParseAddrPort("192.0.2.2:500"),
 		SPI: 1, Protocol: 50, Token: material(t, 68), EncrLen: 36,
 	}
 }
 
-func bind(t *testing.T) plugin.Bind {
+func bind(t testing.TB) plugin.Bind {
 	return plugin.Bind{
 		Connection: "link", Ni: make([]byte, 56), Nr: make([]byte, 32), Exchange: plugin.IKEAuth,
 		Initiator: plugin.Identity{Type: 2, Data: []byte("gw-a")}, Replier: plugin.Identity{Type: 2, Data: []byte("gw-b")},
