@@ -90,7 +90,7 @@ fetch() {
     die "no source of strongSwan $version to be had. Name a source tree: STRONGSWAN_SRC=DIR"
 }
 
-# configured TREE: leaves the headers and config.h of TREE's version in $tree.
+# prepare_tree: sets src, a source tree, and config, its config.h.
 prepare_tree() {
     local kept=$cache/strongswan-$version from=${STRONGSWAN_SRC:-}
     mkdir -p "$cache"
@@ -109,7 +109,7 @@ prepare_tree() {
         work=$(mktemp -d "$cache/work.XXXXXX")
         mkdir "$work/src"
         if [ -n "$from" ]; then
-            cp -a "$from/." "$work/src/"
+            cp -a -- "$from/." "$work/src/"
         else
             fetch "$work"
             tar -xf "$tarball" -C "$work/src" --strip-components=1
@@ -152,9 +152,9 @@ compile() {
         -Wno-format -Wno-unused-parameter -Wno-pointer-sign
         -DHAVE_CONFIG_H -include "$config" -isystem "$src/src/libstrongswan" -isystem "$src/src/libcharon"
         "-ffile-prefix-map=$root=." "-ffile-prefix-map=$cache=strongswan")
-    if nm -D --defined-only "$libdir/libcharon.so.0" | grep -q ' connect_manager_create$'; then
-        flags+=(-DME)
-    fi
+    local symbols
+    symbols=$(nm -D --defined-only "$libdir/libcharon.so.0") || die "cannot read $libdir/libcharon.so.0"
+    if grep -q ' connect_manager_create$' <<<"$symbols"; then flags+=(-DME); fi
     local -a sources=("$plugin"/*.c)
     [ -e "${sources[0]}" ] || die "no C source in $plugin"
     mkdir -p -- "$1"

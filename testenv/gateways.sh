@@ -12,7 +12,8 @@
 #
 # A node (a, b) has, besides its network namespace, a mount namespace with its
 # own /run, /etc/swanctl and strongSwan plugins. What a node sees as /run/x is
-# $GW/<node>/run/x for the scenario. $GW is in memory and ends with it; logs,
+# $GW/<node>/run/x for the scenario. $GW (/tmp/gateways, the same in
+# all nodes) is in memory and ends with it; logs,
 # captures and states are copied to $TESTENV_OUT when the scenario ends.
 #
 #   gw_up                          makes all of the above; IPv4 only, as its neighbour
@@ -33,7 +34,7 @@
 
 set -u
 : "${TESTENV_OUT:?is set by testenv/run}"
-GW=/run/gateways
+GW=/tmp/gateways
 declare -A node_pid=() task_pid=()
 
 # note TEXT...: a line of the scenario's story, with the seconds since its start.

@@ -1,0 +1,134 @@
+# shellcheck shell=bash
+# qipsec.sh: the two gateways of gateways.sh with Q-IPsec on them, to be sourced
+# after it. Binaries and the plugin come from bin/ (make build plugin).
+#
+#   site_up [POLICY]               configs and certificates by `qipsec init`; what
+#                                  a node sees as /run/etc is $GW/<node>/run/etc
+#   gateway_up N                   charon with the plugin, then qipsecd, both ready
+#   qipsecd_start N / qipsecd_stop N / qipsecd_kill N
+#   qkdsim_start [TOML LINES]      one pair for both: into a's directory, to b over
+#                                  SFTP; the lines are added to its config
+#   qipsec N ARGS...               the command, on node N
+#   tunnel_up                      both CHILD_SAs installed on both nodes
+#   logged N REGEXP                qipsecd of N has logged a line like that
+#   ok TEXT / check TEXT CMD...    a result line for testrun; check fails the scenario
+
+BIN=$TESTENV_REPO/bin
+PLUGIN=$BIN/libstrongswan-qipsec.so
+
+ok() { printf 'ok - %s\n' "$*"; }
+# check TEXT CMD...
+check() {
+    local text=$1
+    shift
+    if "$@"; then ok "$text"; else
+        printf 'not ok - %s: %s\n' "$text" "$*"
+        exit 1
+    fi
+}
+
+qipsec() {
+    local n=$1
+    shift
+    node "$n" "$BIN/qipsec" "$@"
+}
+
+field() { sed -n "s/^$2 = \"\(.*\)\"$/\1/p" "$1" | head -1; }
+
+site_up() {
+    local n
+    "$BIN/qipsec" init --pair a b --out "$GW/site" \
+        --km-address 198.51.100.1,198.51.100.2 >"$GW/init.log" 2>&1 || { cat "$GW/init.log" >&2; return 1; }
+    for n in a b; do
+        cp -a "$GW/site/$n" "$GW/$n/run/etc" || return
+        # The host's /var is read-only here; everything else is as init wrote it.
+        sed -i "s#^\[node\]#[node]\nstate_dir = \"/run/state\"#; s#^policy = .*#policy = \"${1:-required}\"#" "$GW/$n/run/etc/qipsecd.toml"
+        mkdir -m 0700 -p "$GW/$n/run/state"
+    done
+}
+
+qipsecd_start() {
+    node_start "$1" qipsecd "$BIN/qipsecd" -config /run/etc/qipsecd.toml
+}
+qipsecd_stop() { node_stop "$1" qipsecd; }
+qipsecd_kill() {
+    kill -KILL "${task_pid[$1/qipsecd]}"
+    wait "${task_pid[$1/qipsecd]}" 2>/dev/null
+    unset "task_pid[$1/qipsecd]"
+}
+
+logged() { grep -qE -- "$2" "$GW/$1/log/qipsecd.log"; }
+# line N REGEXP: the newest such line, without its time.
+line() { grep -E -- "$2" "$GW/$1/log/qipsecd.log" | tail -n 1 | sed -E 's/^time=[^ ]+ level=([A-Z]+) /\1 /'; }
+
+gateway_up() {
+    charon_start "$1" "$PLUGIN" && qipsecd_start "$1"
+}
+
+# qkdsim_start [LINES]: node a is on the KM channel and reaches b's SFTP server.
+qkdsim_start() {
+    local dir=$GW/a/run/qkdsim
+    mkdir -p "$dir"
+    cp "$GW/b/run/sftp/client_key" "$dir/sftp.key" && chmod 600 "$dir/sftp.key"
+    cp "$GW/b/run/sftp/host_key.pub" "$dir/"
+    cat >"$dir/qkdsim.toml" <<-END
+	${1:-}
+	[link]
+	device = "ingaas-1ghz"
+	km = 50.0
+	block_bits = 200000
+	[master]
+	node = "a"
+	qkd_id = "$(field "$GW/a/run/etc/qipsecd.toml" qkd_id)"
+	dir = "/run/etc/intake"
+	[slave]
+	node = "b"
+	qkd_id = "$(field "$GW/b/run/etc/qipsecd.toml" qkd_id)"
+	[slave.sftp]
+	address = "198.51.100.2:2022"
+	user = "qkde"
+	key = "sftp.key"
+	host_key = "host_key.pub"
+	dir = "/run/sftp/intake"
+	[pair]
+	id = "$(field "$GW/a/run/etc/qipsecd.toml" id)"
+	state_file = "seq"
+	${2:-}
+	END
+    node_start a qkdsim "$BIN/qkdsim" -config /run/qkdsim/qkdsim.toml
+}
+
+# sftp_intake: node b takes its files from its SFTP server's directory.
+sftp_intake() {
+    sshd_start b || return
+    sed -i 's#^intake = .*#intake = "/run/sftp/intake"\nfeeder = "qkde"#' "$GW/b/run/etc/qipsecd.toml"
+}
+
+# sa_keys N: the ESP keys in N's SAD, "SPI KEY" in the order of SPIs; for
+# comparing and searching only, never printed.
+sa_keys() {
+    node "$1" ip xfrm state | awk '/proto esp spi/ { spi = $4 } /^\t(aead|enc|auth-trunc)/ { print spi, $3 }' | sort
+}
+
+# states_equal: both ends hold the same SAs with the same keys.
+states_equal() {
+    local a b
+    a=$(sa_keys a)
+    b=$(sa_keys b)
+    [ -n "$a" ] && [ "$a" = "$b" ]
+}
+
+complete() { # N: two ESP states with keys
+    [ "$(node "$1" ip xfrm state | grep -cE '^	(aead|enc) ')" -ge 2 ]
+}
+tunnel_up() { complete a && complete b && states_equal; }
+
+# wire NAME FILTER...: how many packets of a stopped capture match.
+wire() {
+    local name=$1
+    shift
+    tcpdump -n -r "$GW/wire/$name.pcap" "$@" 2>/dev/null | wc -l
+}
+
+# only_ipsec NAME: the capture holds IKE and ESP and nothing else but ARP.
+only_ipsec() { [ "$(wire "$1" 'not (udp port 500 or udp port 4500 or esp or arp)')" = 0 ]; }
