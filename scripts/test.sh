@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# test.sh: every test, behind `make test`. The Go tests run first, under the race
+# detector; then the scenarios that need a kernel with ESP, each in testenv/run.
+# Logs: out/test/. The last line is "total: N passed, N failed, N skipped".
+set -euo pipefail
+cd "$(dirname "$0")/.."
+go build -o bin/testrun ./testenv/testrun
+exec bin/testrun -out out/test \
+    "testenv/run testenv/stock.sh" \
+    "testenv/run testenv/sad.sh" \
+    "scripts/demo-stage1.sh" \
+    "testenv/run testenv/demo.sh" \
+    "testenv/run testenv/faults.sh" \
+    "testenv/run testenv/rekeys.sh"
