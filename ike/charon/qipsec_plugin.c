@@ -143,6 +143,9 @@ METHOD(plugin_t, destroy, void,
 	free(this);
 }
 
+/* what charon looks up, also in a build that hides all symbols */
+#pragma GCC visibility push(default)
+plugin_t *qipsec_plugin_create(void);
 #ifdef PLUGIN_DEFINE
 PLUGIN_DEFINE(qipsec)
 #else
@@ -165,3 +168,4 @@ plugin_t *qipsec_plugin_create(void)
 								same_build() ? qi_keymat_create : no_keymat);
 	return this;
 }
+#pragma GCC visibility pop
