@@ -74,9 +74,9 @@ qkdsim_start() {
     cat >"$dir/qkdsim.toml" <<-END
 	${1:-}
 	[link]
-	device = "ingaas-1ghz"
+	device = "ingaas-100mhz"
 	km = 50.0
-	block_bits = 200000
+	block_bits = 100000
 	[master]
 	node = "a"
 	qkd_id = "$(field "$GW/a/run/etc/qipsecd.toml" qkd_id)"
