@@ -140,7 +140,7 @@ func (w *world) check(t *testing.T) {
 // (newPair checks that at the end).
 func TestRandomSchedules(t *testing.T) {
 	installs := 0
-	for seed := range uint64(40) {
+	for seed := range uint64(16) {
 		w := newWorld(t, seed)
 		for range 400 {
 			w.step(w.r.IntN(100), w.r.Uint32N(6)+1)
@@ -151,7 +151,7 @@ func TestRandomSchedules(t *testing.T) {
 			t.Fatalf("seed %d", seed)
 		}
 	}
-	if installs < 500 {
+	if installs < 200 {
 		t.Errorf("only %d SAs were installed: the schedules do not reach the end", installs)
 	}
 }

@@ -214,6 +214,9 @@ func (m *Manager) reason(c Connection, s Status, n note) (why, next string) {
 	}
 	switch s.State {
 	case StateUp:
+		if c.Policy == Off {
+			return "its policy is off: charon keys it without qipsecd.", "nothing; `policy = \"required\"` would key it with quantum keys."
+		}
 		return "both ends confirmed the same quantum key, and qipsecd installed the SAs.", "nothing; every rekeying takes a fresh key."
 	case StateFallback:
 		return "no quantum key was usable: " + cause + ".", "see to the key source (`qipsec keys`) or the peer; the next rekeying tries again. `policy = \"required\"` would refuse instead."

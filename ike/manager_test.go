@@ -1,0 +1,523 @@
+package ike
+
+import (
+	"context"
+	"crypto/rand"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/q-ipsec/q-ipsec/ike/plugin"
+	"github.com/q-ipsec/q-ipsec/ike/vici/vicitest"
+	"github.com/q-ipsec/q-ipsec/kms/key"
+	"github.com/q-ipsec/q-ipsec/sad"
+)
+
+// Reconcile is sad's contract: list twice if there is a difference, delete what
+// is ours and not listed, give what is listed and not there.
+func (f *fakeSAD) Reconcile(ctx context.Context, list func(context.Context) ([]sad.ID, error)) ([]sad.ID, error) {
+	ids, err := list(ctx)
+	if err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	listed := map[saKey]bool{}
+	var missing []sad.ID
+	for _, id := range ids {
+		listed[keyOf(id)] = true
+		if _, ok := f.sas[keyOf(id)]; !ok {
+			missing = append(missing, id)
+		}
+	}
+	for k := range f.sas {
+		if !listed[k] {
+			delete(f.sas, k)
+		}
+	}
+	return missing, nil
+}
+
+func (f *fakeSAD) put(in, out uint32, owner sad.Owner) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	a, b := netip.AddrPortFrom(addrA, 0), netip.AddrPortFrom(addrB, 0)
+	for _, sa := range []sad.SA{
+		{ID: sad.ID{Src: b, Dst: a, SPI: in, Protocol: 50}, Inbound: true},
+		{ID: sad.ID{Src: a, Dst: b, SPI: out, Protocol: 50}},
+	} {
+		f.sas[keyOf(sa.ID)] = fakeSA{SA: sa, owner: owner, fingerprint: "f", committed: true}
+	}
+}
+
+// site is one gateway with a fake charon.
+type site struct {
+	*Manager
+	t       *testing.T
+	charon  *vicitest.Charon
+	broker  *Broker
+	inst    plugin.Instance
+	sad     *fakeSAD
+	events  *events
+	log     *logBuffer
+	key     string
+	stop    func()
+	ownerID uint32
+}
+
+func newSite(t *testing.T, change func(*site, []Connection) []Connection) *site {
+	t.Helper()
+	dir := t.TempDir()
+	s := &site{t: t, sad: newFakeSAD(), events: &events{}, log: &logBuffer{}, key: filepath.Join(dir, "key")}
+	for name, mode := range map[string]os.FileMode{"key": 0o600, "cert": 0o644, "ca": 0o644} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("the "+name), mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := connection("a", "b")
+	c.LocalCert, c.LocalKey, c.RemoteCA = filepath.Join(dir, "cert"), s.key, filepath.Join(dir, "ca")
+	c.LocalAddrs, c.RemoteAddrs = []netip.Addr{addrA}, []netip.Addr{addrB}
+	c.MaxKeyAge = time.Hour
+	c.Children = []Child{{
+		Name: "net", Start: StartNow, LocalTS: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")},
+		RemoteTS: []netip.Prefix{netip.MustParsePrefix("10.2.0.0/24")},
+	}}
+	s.charon = vicitest.Start(t, filepath.Join(dir, "vici"))
+	conns := []Connection{c}
+	if change != nil {
+		conns = change(s, conns)
+	}
+	log := slog.New(slog.NewTextHandler(s.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	var err error
+	s.broker, err = NewBroker(Options{
+		Connections: conns, KMEs: map[string]KME{"local": {Source: newKMS()}}, SAD: s.sad, Events: s.events, Log: log, Now: time.Now,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Manager, err = NewManager(ManagerOptions{
+		Connections: conns, Broker: s.broker, SAD: s.sad, VICI: filepath.Join(dir, "vici"), Events: s.events, Log: log,
+		Reconcile: 50 * time.Millisecond, StopTimeout: 5 * time.Second,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.t, s.Manager.t = t, timing{
+		helloGrace: 10 * time.Millisecond, redialMin: time.Millisecond, redialMax: 20 * time.Millisecond,
+		retryMin: 4 * time.Millisecond, retryMax: 20 * time.Millisecond, debounce: time.Millisecond, tick: 5 * time.Millisecond,
+	}
+	return s
+}
+
+// run starts the Manager; stop ends it and waits.
+func (s *site) run() {
+	ctx, cancel := context.WithCancel(s.t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	var once sync.Once
+	s.stop = func() {
+		once.Do(func() {
+			cancel()
+			select {
+			case err := <-done:
+				if err != nil {
+					s.t.Error(err)
+				}
+			case <-time.After(20 * time.Second):
+				s.t.Error("Run does not end")
+			}
+		})
+	}
+	s.t.Cleanup(s.stop)
+}
+
+func (s *site) hello(version string) {
+	s.t.Helper()
+	_, _ = rand.Read(s.inst[:])
+	if err := s.broker.Hello(s.t.Context(), plugin.Hello{Instance: s.inst, ABI: plugin.ABI, Version: version}); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func (s *site) loaded(name string) bool {
+	s.charon.Lock()
+	defer s.charon.Unlock()
+	_, ok := s.charon.Conns[name]
+	return ok
+}
+
+func (s *site) state(name string) Status {
+	for _, st := range s.Status() {
+		if st.Name == name {
+			return st
+		}
+	}
+	return Status{}
+}
+
+// connects makes the fake charon answer each initiation with a tunnel whose SAs
+// are in the SAD.
+func (s *site) connects(owner sad.Owner) {
+	s.charon.Lock()
+	defer s.charon.Unlock()
+	s.charon.OnInitiate = func(conn, child string) {
+		s.charon.Lock()
+		s.ownerID++
+		ike := ikeOf(conn, child, s.ownerID)
+		s.sad.put(ike.Children[0].SPIIn, ike.Children[0].SPIOut, owner)
+		s.charon.IKEs = append(s.charon.IKEs, ike)
+		s.charon.Unlock()
+		s.charon.Emit("child-updown", ike.Up())
+	}
+}
+
+func ikeOf(conn, child string, id uint32) vicitest.IKE {
+	return vicitest.IKE{
+		Conn: conn, ID: id, State: "ESTABLISHED", Local: addrA.String(), Remote: addrB.String(),
+		Children: []vicitest.Child{{Name: child, ID: 100 + id, State: "INSTALLED", SPIIn: 0xc0000000 + id, SPIOut: 0xcf000000 + id}},
+	}
+}
+
+func (s *site) is(name string, want State) func() bool {
+	return func() bool { return s.state(name).State == want }
+}
+
+// The whole life of a connection, from an absent plugin to an orderly stop.
+func TestManagerLife(t *testing.T) {
+	s := newSite(t, nil)
+	id := key.ID{1}
+	s.connects(sad.Owner{Connection: "link", KeyID: id, Mix: sad.MixHybrid})
+	s.run()
+	eventually(t, "blocked without hello", func() bool { return s.events.count(EventPlugin) == 1 && s.state("link").State == StateBlocked })
+	if s.loaded("link") {
+		t.Error("a required connection was loaded without the plugin")
+	}
+	if st := s.state("link"); !strings.Contains(st.Cause, "said hello") {
+		t.Errorf("%+v", st)
+	}
+	s.hello("5.9.8")
+	eventually(t, "up", s.is("link", StateUp))
+	st := s.state("link")
+	if len(st.Children) != 1 || st.Children[0].KeyID != id || st.Children[0].SPIIn != 0xc0000001 || st.Children[0].FingerprintIn != "f" || st.Since.IsZero() {
+		t.Errorf("%+v", st)
+	}
+	conn := s.charon.Conns["link"]
+	for path, want := range map[string]string{
+		"local id": "a.example", "remote id": "b.example", "local auth": "pubkey", "unique": "", "dpd_delay": "30", "rekey_time": "14400",
+		"children net rekey_time": "2880", "children net life_time": "3600", "children net start_action": "none", "children net mode": "tunnel",
+	} {
+		if got := conn.Text(strings.Fields(path)...); got != want {
+			t.Errorf("%s is %q, want %q", path, got, want)
+		}
+	}
+	if got := conn.Items("children", "net", "remote_ts"); !slices.Equal(got, []string{"10.2.0.0/24"}) {
+		t.Errorf("remote_ts %v", got)
+	}
+	if got := conn.Items("local", "certs"); !slices.Equal(got, []string{"the cert"}) {
+		t.Errorf("certs %v", got)
+	}
+	if got := conn.Items("remote", "cacerts"); !slices.Equal(got, []string{"the ca"}) {
+		t.Errorf("cacerts %v", got)
+	}
+	if got := conn.Items("children", "net", "esp_proposals"); !slices.Equal(got, defaultESPProposals) {
+		t.Errorf("esp_proposals %v", got)
+	}
+	s.stop()
+	s.charon.Lock()
+	defer s.charon.Unlock()
+	if len(s.charon.Conns)+len(s.charon.IKEs)+len(s.charon.Keys) != 0 {
+		t.Errorf("left in charon: %v, %v, %v", s.charon.Conns, s.charon.IKEs, s.charon.Keys)
+	}
+	if n := strings.Count(s.log.String(), `msg="tunnel command"`); n < 1 {
+		t.Error("no tunnel command in the log")
+	}
+	if strings.Contains(s.log.String(), "the key") {
+		t.Error("the private key is in the log")
+	}
+}
+
+// What is not required does not wait for the plugin.
+func TestManagerPolicies(t *testing.T) {
+	s := newSite(t, func(_ *site, c []Connection) []Connection {
+		opt, off := c[0], c[0]
+		opt.Name, opt.Policy, off.Name, off.Policy = "opt", Optional, "off", Off
+		return append(c, opt, off)
+	})
+	s.charon.Plugins = []string{"vici"}
+	s.run()
+	eventually(t, "optional and off loaded", func() bool { return s.loaded("opt") && s.loaded("off") })
+	eventually(t, "required blocked", func() bool {
+		return strings.Contains(s.state("link").Cause, "has not loaded the qipsec plugin")
+	})
+	s.hello("5.9.8")
+	if err := s.Initiate(t.Context(), "link"); err == nil || !strings.Contains(err.Error(), "has not loaded the qipsec plugin") {
+		t.Errorf("%v", err)
+	}
+	if s.loaded("link") {
+		t.Error("a required connection was loaded into a charon without the plugin")
+	}
+}
+
+// A plugin built for another strongSwan blocks, also connections that ran; a
+// charon with the right one frees them.
+func TestManagerVersion(t *testing.T) {
+	s := newSite(t, nil)
+	s.connects(sad.Owner{Connection: "link", Mix: sad.MixHybrid})
+	s.hello("5.9.8")
+	s.run()
+	eventually(t, "up", s.is("link", StateUp))
+	s.hello("6.0.1")
+	eventually(t, "taken out", func() bool { return !s.loaded("link") })
+	eventually(t, "terminated", func() bool {
+		s.charon.Lock()
+		defer s.charon.Unlock()
+		return len(s.charon.IKEs) == 0
+	})
+	if _, err := s.broker.GetKey(t.Context(), plugin.GetKey{SA: plugin.SA{Instance: s.inst, UID: 1}, Connection: "link"}); err == nil || !strings.Contains(err.Error(), "rebuild the plugin") {
+		t.Errorf("a plugin of another version got an answer: %v", err)
+	}
+	text, err := s.Explain("link")
+	if err != nil || !strings.Contains(text, "blocked") || !strings.Contains(text, "6.0.1") {
+		t.Errorf("%s, %v", text, err)
+	}
+	s.hello("5.9.8")
+	eventually(t, "up again", s.is("link", StateUp))
+}
+
+// charon dies and comes back: everything is loaded and initiated again, and
+// what the dead one left in the SAD goes.
+func TestManagerReconnect(t *testing.T) {
+	s := newSite(t, nil)
+	s.connects(sad.Owner{Connection: "link", Mix: sad.MixHybrid})
+	s.hello("5.9.8")
+	s.run()
+	eventually(t, "up", s.is("link", StateUp))
+	s.charon.Stop()
+	eventually(t, "no charon", s.is("link", StateNoCharon))
+	if err := s.Initiate(t.Context(), "link"); err == nil || !strings.Contains(err.Error(), "no charon") {
+		t.Errorf("%v", err)
+	}
+	s.broker.Gone(s.inst)
+	s.charon.Listen()
+	s.hello("5.9.8")
+	eventually(t, "up again", s.is("link", StateUp))
+	eventually(t, "old SAs gone", func() bool { return s.sad.count() == 2 })
+	if n := s.events.count(EventCharon); n == 0 {
+		t.Error("no event")
+	}
+}
+
+// A CHILD_SA of a required connection that qipsecd did not install is closed,
+// wherever it comes from; others' and our own stay.
+func TestManagerForeign(t *testing.T) {
+	s := newSite(t, func(_ *site, c []Connection) []Connection {
+		opt := c[0]
+		opt.Name, opt.Policy = "opt", Optional
+		opt.Children = []Child{{Name: "net"}}
+		c[0].Children = []Child{{Name: "net"}}
+		return append(c, opt)
+	})
+	s.Manager.o.Reconcile = time.Hour // only look works here
+	s.hello("5.9.8")
+	ours, foreign, half := ikeOf("link", "net", 1), ikeOf("link", "net", 2), ikeOf("link", "net", 3)
+	rekeyed := ikeOf("link", "net", 6)
+	rekeyed.Children[0].State = "REKEYED"
+	s.run()
+	eventually(t, "loaded", func() bool { return s.loaded("link") })
+	eventually(t, "the first view", func() bool {
+		s.Manager.mu.Lock()
+		defer s.Manager.mu.Unlock()
+		return !s.at.IsZero()
+	})
+	s.sad.put(0xc0000001, 0xcf000001, sad.Owner{Connection: "link"})
+	s.sad.put(0xc0000003, 0xcfffffff, sad.Owner{Connection: "link"})
+	s.charon.SetIKEs(ours, foreign, half, ikeOf("opt", "net", 4), ikeOf("theirs", "net", 5), rekeyed)
+	s.charon.Emit("child-updown", foreign.Up())
+	eventually(t, "both closed", func() bool { return s.events.count(EventForeignSA) >= 2 })
+	eventually(t, "seen", func() bool { return len(s.state("link").Children) == 2 })
+	closed := map[string]bool{}
+	for _, c := range s.charon.Calls("terminate") {
+		closed[c.Message.Text("child-id")] = true
+	}
+	if len(closed) != 2 || !closed["102"] || !closed["103"] {
+		t.Errorf("terminated %v", closed)
+	}
+}
+
+// charon has a CHILD_SA whose SA the kernel lost.
+func TestManagerMissing(t *testing.T) {
+	s := newSite(t, func(_ *site, c []Connection) []Connection {
+		c[0].Policy = Optional
+		c[0].Children = []Child{{Name: "net"}}
+		return c
+	})
+	s.run()
+	eventually(t, "loaded", func() bool { return s.loaded("link") })
+	s.charon.SetIKEs(ikeOf("link", "net", 1), ikeOf("theirs", "net", 2))
+	eventually(t, "closed", func() bool { return s.events.count(EventMissingSA) >= 1 })
+	for _, c := range s.charon.Calls("terminate") {
+		if id := c.Message.Text("child-id"); id != "101" {
+			t.Errorf("terminated %q", id)
+		}
+	}
+}
+
+// What goes down comes up again, unless the operator took it down.
+func TestManagerRestart(t *testing.T) {
+	s := newSite(t, nil)
+	s.connects(sad.Owner{Connection: "link", Mix: sad.MixHybrid})
+	s.hello("5.9.8")
+	s.run()
+	eventually(t, "up", s.is("link", StateUp))
+	ike := ikeOf("link", "net", 1)
+	s.charon.SetIKEs()
+	s.charon.Emit("child-updown", ike.Up()[1:])
+	eventually(t, "initiated again", func() bool { return len(s.charon.Calls("initiate")) >= 2 })
+	eventually(t, "up again", s.is("link", StateUp))
+
+	if err := s.Rekey(t.Context(), "link"); err != nil {
+		t.Error(err)
+	}
+	if n := len(s.charon.Calls("rekey")); n != 1 {
+		t.Errorf("%d rekeyings", n)
+	}
+	if err := s.Terminate(t.Context(), "link"); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "down", s.is("link", StateDown))
+	if text, _ := s.Explain("link"); !strings.Contains(text, "operator took it down") {
+		t.Error(text)
+	}
+	n := len(s.charon.Calls("initiate"))
+	looks := len(s.charon.Calls("list-sas"))
+	eventually(t, "more looks", func() bool { return len(s.charon.Calls("list-sas")) > looks+3 })
+	if m := len(s.charon.Calls("initiate")); m != n {
+		t.Errorf("%d initiations of what the operator took down", m-n)
+	}
+	if err := s.Rekey(t.Context(), "link"); err == nil {
+		t.Error("rekeyed what is down")
+	}
+	if err := s.Initiate(t.Context(), "link"); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "up on command", s.is("link", StateUp))
+	for _, err := range []error{s.Initiate(t.Context(), "x"), s.Rekey(t.Context(), "x"), s.Terminate(t.Context(), "x")} {
+		if err == nil || !strings.Contains(err.Error(), ErrUnknownConnection.Error()) {
+			t.Errorf("%v", err)
+		}
+	}
+}
+
+// An attempt that charon is at is left alone; one that comes to nothing is
+// repeated.
+func TestManagerRetry(t *testing.T) {
+	s := newSite(t, nil)
+	s.hello("5.9.8")
+	s.run()
+	eventually(t, "three attempts", func() bool { return len(s.charon.Calls("initiate")) >= 3 })
+	s.charon.SetIKEs(vicitest.IKE{Conn: "link", ID: 1, State: "CONNECTING", Local: addrA.String(), Remote: addrB.String()})
+	eventually(t, "connecting", s.is("link", StateConnecting))
+	n := len(s.charon.Calls("initiate"))
+	looks := len(s.charon.Calls("list-sas"))
+	eventually(t, "more looks", func() bool { return len(s.charon.Calls("list-sas")) > looks+3 })
+	if m := len(s.charon.Calls("initiate")); m != n {
+		t.Errorf("%d initiations beside a running one", m-n)
+	}
+}
+
+// A connection that cannot be loaded says why, once, and is loaded when it can be.
+func TestManagerLoadFault(t *testing.T) {
+	s := newSite(t, func(s *site, c []Connection) []Connection {
+		if err := os.Chmod(s.key, 0o640); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	})
+	s.hello("5.9.8")
+	s.run()
+	eventually(t, "blocked", func() bool { return strings.Contains(s.state("link").Cause, "chmod 0600") })
+	ticks := len(s.charon.Calls("list-sas"))
+	eventually(t, "more rounds", func() bool { return len(s.charon.Calls("list-sas")) > ticks+2 })
+	if n := s.events.count(EventLoadFailed); n != 1 {
+		t.Errorf("%d alarms", n)
+	}
+	if err := os.Chmod(s.key, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "loaded", func() bool { return s.loaded("link") })
+}
+
+func TestManagerMovedSA(t *testing.T) {
+	s := newSite(t, nil)
+	s.connects(sad.Owner{Connection: "link", Mix: sad.MixHybrid})
+	s.hello("5.9.8")
+	s.run()
+	eventually(t, "up", s.is("link", StateUp))
+	s.broker.rekeys <- sad.ID{SPI: 0xcf000001, Protocol: 50}
+	eventually(t, "rekeyed", func() bool { return len(s.charon.Calls("rekey")) == 1 })
+	if id := s.charon.Calls("rekey")[0].Message.Text("child-id"); id != "101" {
+		t.Errorf("child %q", id)
+	}
+}
+
+func TestExplain(t *testing.T) {
+	s := newSite(t, func(_ *site, c []Connection) []Connection {
+		opt := c[0]
+		opt.Name, opt.Policy = "opt", Optional
+		off := c[0]
+		off.Name, off.Policy = "off", Off
+		c[0].Children = []Child{{Name: "net"}}
+		return append(c, opt, off)
+	})
+	check := func(name string, want ...string) {
+		t.Helper()
+		text, err := s.Explain(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, w := range append(want, "Why: ", "Next: ") {
+			if !strings.Contains(text, w) {
+				t.Errorf("%q is not in:\n%s", w, text)
+			}
+		}
+	}
+	if _, err := s.Explain("x"); err == nil {
+		t.Error("an unknown connection was explained")
+	}
+	check("link", "no-charon", "start strongSwan")
+	s.connects(sad.Owner{Mix: sad.MixClassical})
+	s.hello("5.9.8")
+	s.run()
+	eventually(t, "fallback", s.is("opt", StateFallback))
+	check("opt", "fallback", "no quantum key was usable", "no quantum key, since")
+	if ch := s.state("opt").Children; len(ch) == 0 || ch[0].Class != "none" || ch[0].Mix != "classical" {
+		t.Errorf("%+v", ch)
+	}
+	eventually(t, "off is up", s.is("off", StateUp))
+	check("off", "policy is off")
+	eventually(t, "down", s.is("link", StateDown))
+	check("link", "nobody has started it")
+	s.broker.refusal("BIND", "link", sad.ErrConfirmWrong)
+	check("link", "key confirmation differs")
+	s.broker.mu.Lock()
+	for range 4 {
+		s.broker.failed(s.broker.conns["link"], "no answer")
+	}
+	s.broker.mu.Unlock()
+	check("link", "4 set-ups in a row", "no answer", "the next key is asked for in")
+}
+
+func TestNewManager(t *testing.T) {
+	if _, err := NewManager(ManagerOptions{}); err == nil {
+		t.Error("a manager without anything")
+	}
+	if s := Run.String() + Fault.String() + Alarm.String(); s != "runfaultalarm" {
+		t.Error(s)
+	}
+}
