@@ -83,9 +83,6 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 // calls, waits up to ShutdownTimeout for those under way, and cuts off the rest.
 // It returns nil after an orderly end. It may be called once.
 func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
-	calls, cut := context.WithCancel(context.WithoutCancel(ctx))
-	defer cut()
-	s.http.BaseContext = func(net.Listener) context.Context { return calls }
 	failed := make(chan error, 1)
 	go func() { failed <- s.http.Serve(tls.NewListener(newBounded(ln, s.cfg.MaxConns), s.http.TLSConfig)) }()
 	select {
@@ -98,8 +95,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	err := s.http.Shutdown(end)
 	if errors.Is(err, context.DeadlineExceeded) {
 		s.cfg.Log.Warn("calls were cut off at the end", "addr", ln.Addr().String())
-		cut()
-		err = s.http.Close()
+		err = s.http.Close() // which also ends the calls' contexts
 	}
 	<-failed
 	if err != nil {
