@@ -43,6 +43,7 @@ func (r *reader) ipsec(raw *rawIPsec, n *Node) *IPsec {
 			TLS12:     k.TLS12,
 			UseGET:    k.UseGET,
 			StringIDs: k.StringIDs,
+			Class:     parse(r, at+"class", k.Class, key.Relayed, key.ParseClass),
 		}
 		if kme.Name == Local {
 			r.fault(at+"name", "%q is this node's own KSA", Local)
@@ -53,11 +54,16 @@ func (r *reader) ipsec(raw *rawIPsec, n *Node) *IPsec {
 	if len(raw.Connection) == 0 {
 		r.fault("ipsec.connection", "is missing: [ipsec] without a connection does nothing")
 	}
-	names, children := map[string]string{}, map[string]string{}
+	names, children, callers := map[string]string{}, map[string]string{}, map[string]string{}
 	for i := range raw.Connection {
 		at := fmt.Sprintf("ipsec.connection[%d].", i)
 		c := r.connection(at, &raw.Connection[i], children)
 		r.unique(at+"name", c.Name, names)
+		if sae, ok := callers[c.KME]; !ok {
+			callers[c.KME] = c.LocalSAE
+		} else if sae != c.LocalSAE && c.KME != Local {
+			r.fault(at+"local_sae", "%q: at KME %q the certificate is that of one SAE, and another connection says it is %q", c.LocalSAE, c.KME, sae)
+		}
 		if _, ok := kmes[c.KME]; !ok {
 			r.fault(at+"kme", "%q is no [[ipsec.kme]]%s", c.KME, map[bool]string{true: ", and there is no [kms]"}[c.KME == Local && n.KMS == nil])
 		} else if c.KME == Local && c.Policy != Off && n.Name != "" {

@@ -109,6 +109,9 @@ type KME struct {
 	Files  pki.Files
 	TLS12  bool // it cannot speak TLS 1.3
 	UseGET bool // it does not take POST; every GET uses a fresh connection
+	// Class of its keys, which the standard has no field for; both ends of a
+	// tunnel must be told the same.
+	Class key.Class
 	// StringIDs: it takes {"key_IDs":["..."]} instead of the standard's objects.
 	StringIDs bool
 }

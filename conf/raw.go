@@ -95,9 +95,10 @@ type rawKME struct {
 	Name string `toml:"name"`
 	URL  string `toml:"url"`
 	rawFiles
-	TLS12     bool `toml:"tls12"`
-	UseGET    bool `toml:"use_get"`
-	StringIDs bool `toml:"string_ids"`
+	TLS12     bool   `toml:"tls12"`
+	UseGET    bool   `toml:"use_get"`
+	StringIDs bool   `toml:"string_ids"`
+	Class     string `toml:"class"`
 }
 
 type rawConnection struct {

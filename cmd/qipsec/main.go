@@ -11,10 +11,11 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/q-ipsec/q-ipsec/cmd/internal/version"
 )
 
 // Exit codes.
@@ -54,7 +55,7 @@ func commands() []command {
 				if err := wantArgs(args, 0); err != nil {
 					return err
 				}
-				fmt.Fprintln(a.out, "qipsec", version())
+				fmt.Fprintln(a.out, "qipsec", version.String())
 				return nil
 			}
 		},
@@ -184,18 +185,3 @@ func (c command) help(w io.Writer, fs *flag.FlagSet) {
 }
 
 func upper(s string) string { return strings.ToUpper(s[:1]) + s[1:] }
-
-// version is the module's version and commit as the Go tool recorded them.
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	v := info.Main.Version
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" && !strings.Contains(v, s.Value[:min(12, len(s.Value))]) {
-			v += " " + s.Value[:min(12, len(s.Value))]
-		}
-	}
-	return v
-}

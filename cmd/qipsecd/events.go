@@ -1,0 +1,176 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/q-ipsec/q-ipsec/ike"
+	"github.com/q-ipsec/q-ipsec/kms/key"
+	"github.com/q-ipsec/q-ipsec/kms/ksa"
+	"github.com/q-ipsec/q-ipsec/kms/operator"
+	"github.com/q-ipsec/q-ipsec/kms/store"
+)
+
+const (
+	ringSize   = 4096
+	queueSize  = 1 << 16 // usage rows and events on their way to the store
+	batchSize  = 4096    // rows written in one transaction
+	flushEvery = time.Second
+	flushGrace = 3 * time.Second // for what is left at the end
+)
+
+// journal is what the recorder needs of the store.
+type journal interface {
+	Record(ctx context.Context, events []store.Event) error
+	AppendEvent(ctx context.Context, e store.LogEvent) error
+}
+
+// recorder takes the events of all agents: it logs them, keeps the latest for
+// the operator and writes them to the store in the background, so that no agent
+// waits for a disk.
+type recorder struct {
+	log   *slog.Logger
+	ring  *operator.Ring
+	store journal // nil on a node without [kms]; set before run
+
+	usage  chan store.Event
+	events chan store.LogEvent
+	lost   atomic.Int64 // rows that found the queue full
+}
+
+func newRecorder(log *slog.Logger) *recorder {
+	return &recorder{
+		log: log, ring: operator.NewRing(ringSize),
+		usage: make(chan store.Event, queueSize), events: make(chan store.LogEvent, ringSize),
+	}
+}
+
+// add takes one event.
+func (r *recorder) add(e operator.Event) {
+	e.Time = time.Now()
+	r.ring.Add(e)
+	if r.store == nil {
+		return
+	}
+	about := e.Text
+	if who := strings.TrimSpace(e.Connection + " " + e.Peer); who != "" {
+		about = who + ": " + e.Text
+	}
+	select {
+	case r.events <- store.LogEvent{Time: e.Time, Severity: store.Severity(e.Severity), Code: e.Code, Source: e.Source, Text: about}:
+	default:
+		r.lost.Add(1)
+	}
+}
+
+// source gives the events of one part of the node (kma.Events and the like).
+func (r *recorder) source(name string) source { return source{r, name} }
+
+type source struct {
+	r    *recorder
+	name string
+}
+
+// Event logs and records.
+func (s source) Event(code, severity, text string, attrs ...slog.Attr) {
+	e := operator.Event{Severity: severity, Code: code, Source: s.name}
+	var b strings.Builder
+	b.WriteString(text)
+	args := []any{"event", code, "severity", severity, "source", s.name}
+	for _, a := range attrs {
+		if a.Key == "peer" {
+			e.Peer = a.Value.String()
+		} else {
+			fmt.Fprintf(&b, ", %s %s", a.Key, a.Value)
+		}
+		args = append(args, a)
+	}
+	e.Text = b.String()
+	level := slog.LevelWarn
+	if severity == string(store.SeverityRun) {
+		level = slog.LevelInfo
+	}
+	s.r.log.Log(context.Background(), level, text, args...) // the context carries nothing for a handler
+	s.r.add(e)
+}
+
+// ikeEvents takes the events of package ike, which logs them itself.
+type ikeEvents struct{ *recorder }
+
+// Event records.
+func (r ikeEvents) Event(e ike.Event) {
+	r.add(operator.Event{Severity: e.Severity.String(), Code: e.Code, Source: "ike", Connection: e.Connection, Text: e.Text})
+}
+
+// supply takes the events of the KSA: rows of the usage history, and refusals.
+func (r *recorder) supply(e ksa.Event) {
+	row := store.Event{
+		Time: time.Now(), Pool: e.Pool, First: e.Position, Last: e.Position, ID: e.KeyID, Count: 1,
+		Side: store.Own, State: key.Supplied, Detail: e.MasterSAE + " to " + e.SlaveSAE,
+	}
+	switch e.Kind {
+	case ksa.Supplied:
+	case ksa.Fetched:
+		row.Side = store.Peer
+	case ksa.Stranded:
+		row.Side, row.State, row.Detail = store.Peer, key.Stranded, row.Detail+": "+e.Why
+	default:
+		s := r.source("ksa")
+		s.Event("KSA_"+strings.ToUpper(string(e.Kind)), "alarm", e.Why, slog.String("peer", e.Peer), slog.String("master_sae", e.MasterSAE), slog.String("key", e.KeyID.String()))
+		return
+	}
+	r.log.Debug("key "+string(e.Kind), "key", e.KeyID, "peer", e.Peer, "master_sae", e.MasterSAE, "slave_sae", e.SlaveSAE)
+	select {
+	case r.usage <- row:
+	default:
+		r.lost.Add(1)
+	}
+}
+
+// run writes to the store until ctx ends, then what is left.
+func (r *recorder) run(ctx context.Context) error {
+	if r.store == nil {
+		<-ctx.Done()
+		return nil
+	}
+	t := time.NewTicker(flushEvery)
+	defer t.Stop()
+	for ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case <-t.C:
+			r.flush(ctx)
+		}
+	}
+	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushGrace)
+	defer cancel()
+	r.flush(end)
+	return nil
+}
+
+// flush writes all that is queued now, in batches.
+func (r *recorder) flush(ctx context.Context) {
+	if n := r.lost.Swap(0); n > 0 {
+		r.log.Error("usage history has a gap: the store was too slow", "rows", n)
+	}
+	for len(r.usage) > 0 && ctx.Err() == nil {
+		rows := make([]store.Event, 0, min(batchSize, len(r.usage)))
+		for len(rows) < cap(rows) {
+			rows = append(rows, <-r.usage)
+		}
+		if err := r.store.Record(ctx, rows); err != nil {
+			r.log.Error("usage history has a gap", "rows", len(rows), "err", err)
+			return
+		}
+	}
+	for len(r.events) > 0 && ctx.Err() == nil {
+		if err := r.store.AppendEvent(ctx, <-r.events); err != nil {
+			r.log.Error("event not stored", "err", err)
+			return
+		}
+	}
+}

@@ -1,0 +1,183 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"path/filepath"
+	"time"
+
+	"github.com/q-ipsec/q-ipsec/conf"
+	"github.com/q-ipsec/q-ipsec/ike"
+	"github.com/q-ipsec/q-ipsec/ike/plugin"
+	"github.com/q-ipsec/q-ipsec/kms/etsi014"
+	"github.com/q-ipsec/q-ipsec/kms/pki"
+	"github.com/q-ipsec/q-ipsec/sad"
+	"github.com/q-ipsec/q-ipsec/sad/xfrm"
+)
+
+// warmupTimeout bounds the loading of the kernel's algorithms, which takes
+// seconds the first time.
+const warmupTimeout = time.Minute
+
+// ipsec is the [ipsec] role.
+type ipsec struct {
+	conf    *conf.IPsec
+	manager *ike.Manager
+	sad     *sad.SAD
+}
+
+// buildIPsec puts the guard in place, opens the SAD, and makes broker, plugin
+// socket and manager. k is nil without [kms].
+func buildIPsec(ctx context.Context, n *conf.Node, s *stages, k *kms, r *recorder, log *slog.Logger) (*ipsec, error) {
+	kernel, err := xfrm.Open()
+	if err != nil {
+		return nil, err
+	}
+	s.atEnd(kernel.Close)
+	if n.IPsec.Guard {
+		if err := guard(ctx, n, kernel, log); err != nil {
+			return nil, err
+		}
+	}
+	entries, err := sad.Open(kernel, filepath.Join(filepath.Dir(n.IPsec.Plugin), "sad.journal"), log.With("part", "sad"))
+	if err != nil {
+		return nil, err
+	}
+	s.atEnd(entries.Close)
+	kmes, err := keySources(n, k, s, log)
+	if err != nil {
+		return nil, err
+	}
+	conns := connections(n.IPsec)
+	log = log.With("part", "ike")
+	broker, err := ike.NewBroker(ike.Options{Connections: conns, KMEs: kmes, SAD: sadForIKE{entries}, Events: ikeEvents{r}, Log: log, Now: time.Now})
+	if err != nil {
+		return nil, err
+	}
+	s.atEnd(func() error { broker.Close(); return nil })
+	srv, err := plugin.Listen(n.IPsec.Plugin, plugin.Options{Log: log})
+	if err != nil {
+		return nil, err
+	}
+	s.atEnd(func() error { _ = srv.Close(); return nil }) // for a start that fails half-way
+	manager, err := ike.NewManager(ike.ManagerOptions{Connections: conns, Broker: broker, SAD: entries, VICI: n.IPsec.VICI, Events: ikeEvents{r}, Log: log})
+	if err != nil {
+		return nil, err
+	}
+	s.add("plugin", broker.Run, func(ctx context.Context) error { return srv.Serve(ctx, broker) })
+	s.add("tunnels", func(ctx context.Context) error {
+		warmUp(ctx, entries, n.IPsec, log)
+		return manager.Run(ctx)
+	})
+	return &ipsec{conf: n.IPsec, manager: manager, sad: entries}, nil
+}
+
+// sadForIKE is the SAD in the broker's terms.
+type sadForIKE struct{ *sad.SAD }
+
+// Rollback takes an SA out again. What it could not remove it has logged and
+// leaves to the next comparison with charon.
+func (s sadForIKE) Rollback(ctx context.Context, id sad.ID) error {
+	s.SAD.Rollback(ctx, id)
+	return nil
+}
+
+// guard completes the guard. It stays when the daemon ends.
+func guard(ctx context.Context, n *conf.Node, kernel *xfrm.Conn, log *slog.Logger) error {
+	remotes, allow := n.Guarded()
+	c := sad.GuardConfig{Remotes: remotes}
+	for _, v := range allow {
+		c.Allow = append(c.Allow, sad.Channel(v))
+	}
+	if len(remotes) == 0 {
+		return nil
+	}
+	if err := sad.NewGuard(kernel).Install(ctx, c); err != nil {
+		return err
+	}
+	log.Info("guard in place: these networks are reached through a tunnel or not at all", "networks", remotes)
+	return nil
+}
+
+// warmUp loads the kernel's algorithms. A kernel without ESP is not hopeless:
+// each connection will say so when it is set up.
+func warmUp(ctx context.Context, entries *sad.SAD, c *conf.IPsec, log *slog.Logger) {
+	ctx, cancel := context.WithTimeout(ctx, warmupTimeout)
+	defer cancel()
+	six := false
+	for _, v := range c.Connection {
+		six = six || v.LocalAddr.Is6()
+	}
+	start := time.Now()
+	if err := entries.Warmup(ctx, xfrm.Suites(), six); err != nil {
+		level := slog.LevelWarn
+		if errors.Is(err, context.Canceled) {
+			level = slog.LevelDebug
+		}
+		log.Log(ctx, level, "the kernel's ESP algorithms are not all there", "err", err)
+		return
+	}
+	log.Debug("kernel's ESP algorithms loaded", "took", time.Since(start))
+}
+
+// keySources gives the KMEs that connections name.
+func keySources(n *conf.Node, k *kms, s *stages, log *slog.Logger) (map[string]ike.KME, error) {
+	out := map[string]ike.KME{}
+	if k != nil {
+		out[conf.Local] = ike.KME{Address: "in process", Source: localKSA{k.ksa}}
+	}
+	for _, c := range n.IPsec.KMEs {
+		t, err := pki.KMEClient(c.Files, c.TLS12, log)
+		if err != nil {
+			return nil, err
+		}
+		cl, err := etsi014.NewClient(etsi014.ClientConfig{URL: c.URL, TLS: t, GETOnly: c.UseGET, StringIDs: c.StringIDs})
+		if err != nil {
+			return nil, err
+		}
+		s.atEnd(func() error { cl.Close(); return nil })
+		out[c.Name] = ike.KME{Address: c.URL, Source: vendorKME{cl}, Class: c.Class}
+	}
+	return out, nil
+}
+
+// connections gives the config's connections in ike's terms. The config has
+// checked its words; an unknown one is required and hybrid.
+func connections(c *conf.IPsec) []ike.Connection {
+	var out []ike.Connection
+	for _, v := range c.Connection {
+		conn := ike.Connection{
+			Name: v.Name, LocalAddrs: []netip.Addr{v.LocalAddr}, RemoteAddrs: []netip.Addr{v.RemoteAddr},
+			LocalID: v.LocalID, RemoteID: v.RemoteID, LocalCert: c.Files.Cert, LocalKey: c.Files.Key, RemoteCA: c.Files.CA,
+			Proposals: v.Proposals, IKERekeyTime: v.RekeyTime, DPDDelay: v.DPDDelay, Encap: v.Encap, MOBIKE: v.MOBIKE,
+			LocalSAE: v.LocalSAE, PeerSAE: v.PeerSAE, KME: v.KME, MinClass: v.MinClass, AllowRelayedOnly: v.AllowRelayedOnly,
+			MaxKeyAge: v.MaxKeyAge, MaxKeyBytes: v.MaxKeyBytes,
+		}
+		switch v.Policy {
+		case conf.Optional:
+			conn.Policy = ike.Optional
+		case conf.Off:
+			conn.Policy = ike.Off
+		}
+		if v.Mix == conf.QKD {
+			conn.Mix = ike.QKDOnly
+		}
+		for _, ch := range v.Children {
+			child := ike.Child{
+				Name: ch.Name, LocalTS: ch.LocalTS, RemoteTS: ch.RemoteTS, Proposals: ch.ESPProposals, Transport: ch.Transport,
+				RekeyTime: ch.RekeyTime, RekeyBytes: ch.RekeyBytes, ReplayWindow: uint32(ch.ReplayWindow),
+			}
+			switch ch.Start {
+			case conf.StartNow:
+				child.Start = ike.StartNow
+			case conf.StartTrap:
+				child.Start = ike.StartTrap
+			}
+			conn.Children = append(conn.Children, child)
+		}
+		out = append(out, conn)
+	}
+	return out
+}

@@ -1,0 +1,166 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+
+	"github.com/q-ipsec/q-ipsec/conf"
+	"github.com/q-ipsec/q-ipsec/kms/etsi014"
+	"github.com/q-ipsec/q-ipsec/kms/key"
+	"github.com/q-ipsec/q-ipsec/kms/kma"
+	"github.com/q-ipsec/q-ipsec/kms/ksa"
+	"github.com/q-ipsec/q-ipsec/kms/pki"
+	"github.com/q-ipsec/q-ipsec/kms/store"
+	"github.com/q-ipsec/q-ipsec/kms/type1"
+)
+
+// kms is the [kms] role.
+type kms struct {
+	store  *store.Store
+	kma    *kma.Agent
+	ksa    *ksa.Agent
+	nodeOf map[string]string // node of each SAE
+}
+
+// buildKMS opens the store, makes the agents and binds their servers. Nothing
+// serves before the stages run.
+func buildKMS(ctx context.Context, n *conf.Node, s *stages, r *recorder, log *slog.Logger) (*kms, error) {
+	c := n.KMS
+	if err := os.MkdirAll(n.StateDir, 0o700); err != nil {
+		return nil, err
+	}
+	st, err := store.Open(ctx, store.Options{URL: "sqlite:" + filepath.Join(n.StateDir, "inventory.db"), RootFile: n.RootFile, Log: log.With("part", "store")})
+	if err != nil {
+		return nil, err
+	}
+	s.atEnd(st.Close)
+	r.store = st
+	k := &kms{store: st, nodeOf: map[string]string{}}
+	for _, v := range c.SAEs {
+		k.nodeOf[v.ID] = v.Node
+	}
+	clients, err := type1Clients(c, log)
+	if err != nil {
+		return nil, err
+	}
+	if k.kma, err = newKMA(ctx, c, st, clients, r, log); err != nil {
+		return nil, err
+	}
+	if k.ksa, err = newKSA(n, k, clients, r, log); err != nil {
+		return nil, err
+	}
+	k.kma.OnBurn(k.ksa.KeepOnBurn)
+	serveType1, err := k.type1Server(c, s, r, log)
+	if err != nil {
+		return nil, err
+	}
+	s.add("KMA and Type-1", k.kma.Run, serveType1)
+	s.add("KSA", k.ksa.Run)
+	if !c.Type2Listen.IsValid() {
+		return k, nil
+	}
+	serveType2, err := k.type2Server(c, s, log)
+	if err != nil {
+		return nil, err
+	}
+	s.add("Type-2", serveType2)
+	return k, nil
+}
+
+func type1Clients(c *conf.KMS, log *slog.Logger) (map[string]*type1.Client, error) {
+	clients := map[string]*type1.Client{}
+	for _, p := range c.Peers {
+		t, err := pki.NodeClient(c.Type1, p.Name, log)
+		if err != nil {
+			return nil, err
+		}
+		if clients[p.Name], err = type1.NewClient(type1.ClientOptions{URL: "https://" + p.Address.String(), TLS: t}); err != nil {
+			return nil, err
+		}
+	}
+	return clients, nil
+}
+
+func newKMA(ctx context.Context, c *conf.KMS, st *store.Store, clients map[string]*type1.Client, r *recorder, log *slog.Logger) (*kma.Agent, error) {
+	o := kma.Options{
+		Store: storeForKMA{st}, Peers: map[string]kma.Peer{}, Log: log.With("part", "kma"), Events: r.source("kma"),
+		IntakeInterval: c.IntakeInterval, LeaseSize: c.Lease, RatchetInterval: c.RatchetInterval, RatchetKeys: c.RatchetKeys,
+	}
+	for name, cl := range clients {
+		o.Peers[name] = cl
+	}
+	for _, p := range c.Pairs {
+		uid, err := conf.FeederUID(p.Feeder)
+		if err != nil {
+			return nil, err
+		}
+		o.Pools = append(o.Pools, kma.Pool{
+			ID: p.ID, Peer: p.Peer, Role: p.Role, Class: key.Direct,
+			Intake: p.Intake, QKD: p.QKDID, PeerQKD: p.PeerQKDID, FeederUID: uid, Algorithm: string(p.Algorithm),
+		})
+	}
+	return kma.New(ctx, o)
+}
+
+func newKSA(n *conf.Node, k *kms, clients map[string]*type1.Client, r *recorder, log *slog.Logger) (*ksa.Agent, error) {
+	o := ksa.Options{
+		Node: n.Name, Keys: keysForKSA{k.kma}, Peers: peersForKSA(clients), Log: log.With("part", "ksa"),
+		Reserve: n.KMS.Reserve, TTL: n.KMS.NoticeTTL, Events: r.supply,
+	}
+	for _, s := range n.KMS.SAEs {
+		// What an SAE may take is its own node's to say.
+		o.SAEs = append(o.SAEs, ksa.SAE{ID: s.ID, Node: s.Node, Peers: s.Peers, IPsec: s.IPsec && s.Node == n.Name, Rate: float64(s.Rate), Burst: s.Burst})
+	}
+	return ksa.New(o)
+}
+
+// type1Server binds the KM channel.
+func (k *kms) type1Server(c *conf.KMS, s *stages, r *recorder, log *slog.Logger) (func(context.Context) error, error) {
+	log = log.With("part", "type1")
+	h, err := type1.NewHandler(type1.HandlerOptions{
+		Agent: k.kma, Supply: supplyForType1{k.ksa}, Peer: pki.NodeFromRequest, PeerOf: k.kma.PeerOf,
+		Event: r.source("type1").Event, Log: log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return server(h, c.Type1Listen.String(), c.Type1, s, log)
+}
+
+// type2Server binds the ETSI GS QKD 014 interface.
+func (k *kms) type2Server(c *conf.KMS, s *stages, log *slog.Logger) (func(context.Context) error, error) {
+	log = log.With("part", "type2")
+	quirks := map[string]etsi014.Quirks{}
+	for _, sae := range c.SAEs {
+		quirks[sae.ID] = etsi014.Quirks{NotFound404: sae.NotFound404}
+	}
+	h, err := etsi014.NewHandler(etsi014.Options{Supplier: k.ksa, Identity: pki.SAEFromRequest, Quirks: quirks, RetryWindow: c.RetryWindow, Log: log})
+	if err != nil {
+		return nil, err
+	}
+	s.atEnd(func() error { h.Close(); return nil })
+	return server(h, c.Type2Listen.String(), c.Type2, s, log)
+}
+
+// server binds one HTTPS server and gives what serves on it.
+func server(h http.Handler, addr string, f pki.Files, s *stages, log *slog.Logger) (func(context.Context) error, error) {
+	t, err := pki.Server(f, log)
+	if err != nil {
+		return nil, err
+	}
+	srv, err := etsi014.NewServer(etsi014.ServerConfig{Handler: h, TLS: t, Log: log})
+	if err != nil {
+		return nil, err
+	}
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", addr, err)
+	}
+	s.atEnd(func() error { _ = l.Close(); return nil }) // for a start that fails half-way
+	return func(ctx context.Context) error { return srv.Serve(ctx, l) }, nil
+}

@@ -1,0 +1,105 @@
+// Command qipsecd is the gateway daemon: the QKMS of one site (KMA and KSA)
+// and the SAE that keys IPsec tunnels through charon. Its config says which of
+// the two roles it plays.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/q-ipsec/q-ipsec/cmd/internal/version"
+	"github.com/q-ipsec/q-ipsec/conf"
+)
+
+// Exit codes.
+const (
+	exitFailed = 1
+	exitUsage  = 2
+)
+
+// stageGrace is how long one stage of an orderly stop may take. The whole stays
+// below the unit's TimeoutStopSec.
+const stageGrace = 12 * time.Second
+
+func main() {
+	config := flag.String("config", "/etc/q-ipsec/qipsecd.toml", "config `file`")
+	check := flag.Bool("check", false, "report every fault of the config and end")
+	show := flag.Bool("version", false, "print the version and end")
+	flag.Parse()
+	if flag.NArg() > 0 {
+		fmt.Fprintf(os.Stderr, "qipsecd: takes no arguments, got %q\n", flag.Args())
+		os.Exit(exitUsage)
+	}
+	if *show {
+		fmt.Println("qipsecd", version.String())
+		return
+	}
+	n, err := conf.LoadNode(*config)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "qipsecd:", err)
+		os.Exit(exitFailed)
+	}
+	if *check {
+		fmt.Println(*config, "is in order")
+		return
+	}
+	level := new(slog.LevelVar)
+	level.Set(n.Log.Level)
+	log := newLog(n.Log, level)
+	if err := run(n, level, log); err != nil {
+		log.Error("qipsecd ends", "err", err)
+		os.Exit(exitFailed)
+	}
+}
+
+// run builds the node, serves until a signal or a fault, and stops in order:
+// what began last ends first.
+func run(n *conf.Node, level *slog.LevelVar, log *slog.Logger) (err error) {
+	if err := harden(); err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	var s stages
+	defer func() { err = errors.Join(err, s.close()) }()
+	if err := build(ctx, n, &s, log); err != nil {
+		return err
+	}
+	s.add("log level", func(ctx context.Context) error { return toggleDebug(ctx, level, n.Log.Level, log) })
+	return s.run(ctx, stageGrace, log, func() {
+		log.Info("qipsecd serves", "node", n.Name, "version", version.String(), "kms", n.KMS != nil, "ipsec", n.IPsec != nil)
+		if err := notify("READY=1"); err != nil {
+			log.Warn("systemd was not told that the node is ready", "err", err)
+		}
+	}, func() { _ = notify("STOPPING=1") })
+}
+
+// build makes the parts in the order in which they start.
+func build(ctx context.Context, n *conf.Node, s *stages, log *slog.Logger) error {
+	r := newRecorder(log)
+	s.add("events", r.run)
+	op := &operatorNode{name: n.Name, started: time.Now(), ring: r.ring}
+	var k *kms
+	if n.KMS != nil {
+		var err error
+		if k, err = buildKMS(ctx, n, s, r, log); err != nil {
+			return err
+		}
+		op.keys = &operatorKeys{k}
+	}
+	if n.IPsec != nil {
+		v, err := buildIPsec(ctx, n, s, k, r, log)
+		if err != nil {
+			return err
+		}
+		op.tunnels = &operatorTunnels{ipsec: v, kms: k, ring: r.ring}
+	}
+	return buildOperator(n, s, op, log)
+}

@@ -1,0 +1,263 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/q-ipsec/q-ipsec/cmd/internal/version"
+	"github.com/q-ipsec/q-ipsec/conf"
+	"github.com/q-ipsec/q-ipsec/ike"
+	"github.com/q-ipsec/q-ipsec/kms/key"
+	"github.com/q-ipsec/q-ipsec/kms/operator"
+	"github.com/q-ipsec/q-ipsec/kms/store"
+)
+
+const (
+	statusAlarms  = 10
+	explainEvents = 10
+	operatorGrace = 2 * time.Second
+)
+
+// buildOperator binds the operator socket.
+func buildOperator(n *conf.Node, s *stages, op *operatorNode, log *slog.Logger) error {
+	log = log.With("part", "operator")
+	l, err := operator.Listen(n.Operator.Socket, log)
+	if err != nil {
+		return err
+	}
+	s.atEnd(func() error { _ = l.Close(); return nil }) // for a start that fails half-way
+	o := operator.Options{Node: op, Log: log}
+	if op.keys != nil { // an interface that holds a nil pointer is not nil
+		o.Keys = op.keys
+	}
+	if op.tunnels != nil {
+		o.Tunnels = op.tunnels
+	}
+	h := operator.NewHandler(o)
+	s.add("operator API", func(ctx context.Context) error { return operator.Serve(ctx, l, h, operatorGrace, log) })
+	return nil
+}
+
+// operatorNode answers for the node as a whole.
+type operatorNode struct {
+	name    string
+	started time.Time
+	ring    *operator.Ring
+	keys    *operatorKeys
+	tunnels *operatorTunnels
+}
+
+// Status collects what the roles say.
+func (o *operatorNode) Status(ctx context.Context) (operator.Status, error) {
+	s := operator.Status{Node: o.name, Version: version.String(), Started: o.started, Roles: []string{}}
+	var err error
+	if o.keys != nil {
+		s.Roles = append(s.Roles, "kms")
+		if s.Pools, err = o.keys.Pools(ctx); err != nil {
+			return s, err
+		}
+	}
+	if o.tunnels != nil {
+		s.Roles = append(s.Roles, "ipsec")
+		if s.Tunnels, err = o.tunnels.Tunnels(ctx); err != nil {
+			return s, err
+		}
+	}
+	s.Alarms = o.ring.Latest(statusAlarms, func(e operator.Event) bool { return e.Severity == string(store.SeverityAlarm) })
+	return s, nil
+}
+
+// Events gives the latest events since the start.
+func (o *operatorNode) Events(_ context.Context, connection string, limit int) ([]operator.Event, error) {
+	return o.ring.Latest(limit, about(connection)), nil
+}
+
+func about(connection string) func(operator.Event) bool {
+	return func(e operator.Event) bool { return connection == "" || e.Connection == connection }
+}
+
+// operatorKeys answers for [kms].
+type operatorKeys struct{ *kms }
+
+// Pools gives every pool.
+func (o *operatorKeys) Pools(ctx context.Context) ([]operator.Pool, error) {
+	list, err := o.store.Pools(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]operator.Pool, len(list))
+	for i, p := range list {
+		out[i] = operator.Pool{
+			ID: p.ID, Peer: p.Peer, Role: p.Role.String(), Class: p.Class.String(), Received: p.Received, Active: p.Active, OwnActive: p.OwnActive,
+			NewestSeq: p.NewestSeq, Mark: p.Mark.String(), PeerMark: p.PeerMark.String(),
+		}
+		// A pool that is in the store and no more in the config has no level.
+		if l, err := o.kma.Level(p.Peer); err == nil {
+			out[i].Leased, out[i].Synced = l.Leased, l.Synced
+		}
+	}
+	return out, nil
+}
+
+// Find looks a key up.
+func (o *operatorKeys) Find(ctx context.Context, id key.ID) (operator.Key, error) {
+	k, err := o.store.Find(ctx, id)
+	if errors.Is(err, store.ErrNotFound) {
+		return operator.Key{}, fmt.Errorf("key %v: %w", id, operator.ErrNotFound)
+	}
+	if err != nil {
+		return operator.Key{}, err
+	}
+	return operator.Key{ID: k.ID, Pool: k.Pool, Position: k.Position.String(), Class: k.Class.String(), State: k.State.String(), Owner: k.Side.String()}, nil
+}
+
+// History gives rows of the usage history.
+func (o *operatorKeys) History(ctx context.Context, q operator.HistoryQuery) ([]operator.Usage, error) {
+	list, err := o.store.History(ctx, store.HistoryQuery{Pool: q.Pool, ID: q.Key, Limit: q.Limit})
+	if err != nil {
+		return nil, err
+	}
+	out := make([]operator.Usage, len(list))
+	for i, e := range list {
+		out[i] = operator.Usage{Time: e.Time, Pool: e.Pool, State: e.State.String(), Count: e.Count, Text: e.Detail, Position: e.First.String()}
+		if e.Last != e.First {
+			out[i].Position += " to " + e.Last.String()
+		}
+		if id := e.ID; !id.IsZero() {
+			out[i].Key = &id
+		}
+	}
+	return out, nil
+}
+
+// operatorTunnels answers for [ipsec].
+type operatorTunnels struct {
+	*ipsec
+	kms  *kms // nil without [kms]
+	ring *operator.Ring
+}
+
+// Tunnels gives every connection.
+func (o *operatorTunnels) Tunnels(context.Context) ([]operator.Tunnel, error) {
+	out := []operator.Tunnel{}
+	for _, s := range o.manager.Status() {
+		t := operator.Tunnel{
+			Connection: s.Name, Policy: s.Policy, Mix: s.Mix, KME: s.KME, LocalSAE: s.LocalSAE, PeerSAE: s.PeerSAE,
+			State: string(s.State), Children: []operator.Child{},
+		}
+		if s.State != ike.StateUp {
+			t.Why = s.Cause
+		}
+		for _, c := range s.Children {
+			v := operator.Child{
+				Name: c.Name, State: c.State, SPIIn: spi(c.SPIIn), SPIOut: spi(c.SPIOut), KeyClass: c.Class,
+				BytesIn: c.BytesIn, BytesOut: c.BytesOut,
+			}
+			if !c.Since.IsZero() {
+				v.AgeS = int64(time.Since(c.Since).Seconds())
+			}
+			if !c.KeyID.IsZero() {
+				v.KeyID = c.KeyID.String()
+			}
+			t.Children = append(t.Children, v)
+		}
+		out = append(out, t)
+	}
+	return out, nil
+}
+
+func spi(v uint32) string {
+	if v == 0 {
+		return ""
+	}
+	return fmt.Sprintf("0x%08x", v)
+}
+
+// SAs gives the SAs that this node put in the kernel.
+func (o *operatorTunnels) SAs(ctx context.Context) ([]operator.SA, error) {
+	list, err := o.sad.State(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]operator.SA, len(list))
+	for i, s := range list {
+		out[i] = operator.SA{
+			Connection: s.Connection, Direction: "out", Src: s.Src.Addr().String(), Dst: s.Dst.Addr().String(), SPI: spi(s.SPI),
+			Algorithm: s.Algorithm, Fingerprint: s.Fingerprint, Committed: s.Committed, Bytes: s.Bytes, Packets: s.Packets,
+		}
+		if s.Inbound {
+			out[i].Direction = "in"
+		}
+		if !s.KeyID.IsZero() {
+			out[i].KeyID = s.KeyID.String()
+		}
+	}
+	return out, nil
+}
+
+// Explain checks what a tunnel depends on, keys first.
+func (o *operatorTunnels) Explain(_ context.Context, name string) (operator.Explanation, error) {
+	text, err := o.manager.Explain(name)
+	if err != nil {
+		return operator.Explanation{}, notFound(name, err)
+	}
+	e := operator.Explanation{Connection: name, Events: o.ring.Latest(explainEvents, about(name))}
+	for _, c := range o.conf.Connection {
+		if c.Name == name && c.KME == conf.Local && o.kms != nil && c.Policy != conf.Off {
+			e.Checks = append(e.Checks, o.keyChecks(c.PeerSAE)...)
+		}
+	}
+	for _, s := range o.manager.Status() {
+		if s.Name == name {
+			e.Up = s.State == ike.StateUp || s.State == ike.StateFallback
+		}
+	}
+	e.Checks = append(e.Checks, operator.Check{What: "tunnel", OK: e.Up, Text: text})
+	return e, nil
+}
+
+// keyChecks say whether the KMS can supply keys for an SAE.
+func (o *operatorTunnels) keyChecks(peerSAE string) []operator.Check {
+	node := o.kms.nodeOf[peerSAE]
+	l, err := o.kms.kma.Level(node)
+	if err != nil {
+		return []operator.Check{{What: "keys", Text: fmt.Sprintf("no keys are shared with node %q: %v", node, err), Advice: "configure a [[kms.pair]] with that node"}}
+	}
+	sync := operator.Check{What: "sync", OK: l.Synced, Text: fmt.Sprintf("node %q has agreed where both stand", node)}
+	if !l.Synced {
+		sync.Text = fmt.Sprintf("node %q has not agreed yet where both stand", node)
+		sync.Advice = "look whether the peer's qipsecd runs and its KM channel (Type-1) can be reached"
+	}
+	keys := operator.Check{What: "keys", OK: l.Active+l.Leased > 0, Text: fmt.Sprintf("%d keys ready, %d more on disk", l.Leased, l.Active)}
+	if !keys.OK {
+		keys.Advice = "look whether the QKD devices deliver files at both ends: qipsec keys; qipsec events"
+	}
+	return []operator.Check{sync, keys}
+}
+
+// Do acts on a tunnel.
+func (o *operatorTunnels) Do(ctx context.Context, name string, a operator.Action) error {
+	var err error
+	switch a {
+	case operator.Initiate:
+		err = o.manager.Initiate(ctx, name)
+	case operator.Rekey:
+		err = o.manager.Rekey(ctx, name)
+	case operator.Terminate:
+		err = o.manager.Terminate(ctx, name)
+	default:
+		err = fmt.Errorf("unknown action %q", a)
+	}
+	return notFound(name, err)
+}
+
+// notFound gives ike's unknown connection in the operator API's terms.
+func notFound(name string, err error) error {
+	if errors.Is(err, ike.ErrUnknownConnection) {
+		return fmt.Errorf("connection %q: %w", name, operator.ErrNotFound)
+	}
+	return err
+}
