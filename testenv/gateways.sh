@@ -12,9 +12,8 @@
 #
 # A node (a, b) has, besides its network namespace, a mount namespace with its
 # own /run, /etc/swanctl and strongSwan plugins. What a node sees as /run/x is
-# $GW/<node>/run/x for the scenario. $GW (/tmp/gateways, the same in
-# all nodes) is in memory and ends with it; logs,
-# captures and states are copied to $TESTENV_OUT when the scenario ends.
+# $GW/<node>/run/x for the scenario and for the other nodes. $GW is in memory and
+# ends with it; logs, captures and states are copied to $TESTENV_OUT at the end.
 #
 #   gw_up                          makes all of the above; IPv4 only, as its neighbour
 #                                  discovery would clutter captures, unless GW_IPV6=1
@@ -63,10 +62,9 @@ gw_up() {
     trap 'exit 143' TERM
     trap 'exit 130' INT
     mkdir -p "$GW"
-    [ -d /proc/sys/net/ipv6 ] || modprobe -q ipv6
     for ns in a b ha hb wire; do
         ip netns add "$ns" && ip -n "$ns" link set lo up || return
-        [ "${GW_IPV6:-}" = 1 ] || node "$ns" bash -c '
+        [ "${GW_IPV6:-}" = 1 ] || [ ! -d /proc/sys/net/ipv6 ] || node "$ns" bash -c '
             for c in default all; do echo 1 >/proc/sys/net/ipv6/conf/$c/disable_ipv6; done' || return
     done
     gw_link a wire wire port-a && gw_link b wire wire port-b &&
@@ -125,14 +123,15 @@ node() {
     "${enter[@]}" "$@"
 }
 
-# node_start N NAME CMD...
+# node_start N NAME CMD... In a session of its own, so that what ends the scenario
+# early does not end this before logs and states are collected.
 node_start() {
     local n=$1 name=$2
     local -a enter
     shift 2
     node_enter "$n"
     mkdir -p "$GW/$n/log"
-    "${enter[@]}" "$@" </dev/null >>"$GW/$n/log/$name.log" 2>&1 &
+    setsid "${enter[@]}" "$@" </dev/null >>"$GW/$n/log/$name.log" 2>&1 &
     task_pid[$n/$name]=$!
 }
 
