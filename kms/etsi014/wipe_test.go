@@ -165,6 +165,17 @@ func TestClientWipes(t *testing.T) {
 	}
 }
 
+// watched is a context that tells when somebody waits for its end, once.
+type watched struct {
+	context.Context
+	waits chan struct{}
+}
+
+func (w watched) Done() <-chan struct{} {
+	close(w.waits)
+	return w.Context.Done()
+}
+
 func TestRetries(t *testing.T) {
 	c := newRetries(time.Hour)
 	defer c.close()
@@ -192,9 +203,20 @@ func TestRetries(t *testing.T) {
 	if b, err := c.do(gone, k, never); !errors.Is(err, context.Canceled) || b != nil {
 		t.Errorf("while it is under way: %q, %v", b, err)
 	}
+	twin := watched{t.Context(), make(chan struct{})}
+	go func() {
+		b, err := c.do(twin, k, never)
+		if err != nil {
+			t.Error(err)
+		}
+		got <- string(b)
+	}()
+	<-twin.waits
 	close(release)
-	if s := <-got; s != "answer" {
-		t.Errorf("first: %q", s)
+	for range 2 {
+		if s := <-got; s != "answer" {
+			t.Errorf("two at once: %q", s)
+		}
 	}
 	b, err := c.do(t.Context(), k, never)
 	if err != nil || string(b) != "answer" {
