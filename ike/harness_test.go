@@ -8,12 +8,14 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/q-ipsec/q-ipsec/ike/plugin"
+	"github.com/q-ipsec/q-ipsec/ike/plugin/plugintest"
 	"github.com/q-ipsec/q-ipsec/kms/key"
 	"github.com/q-ipsec/q-ipsec/sad"
 )
@@ -289,7 +291,8 @@ type end struct {
 	sad    *fakeSAD
 	events *events
 	log    *logBuffer
-	own    []*key.Material // KEYMAT and tokens that the test gave
+	charon *plugintest.Charon // if set, every call goes over a real socket
+	own    []*key.Material    // KEYMAT and tokens that the test gave
 	ownMu  sync.Mutex
 }
 
@@ -357,7 +360,12 @@ func newPair(t *testing.T, change func(*Connection)) *pair {
 func (e *end) sa(uid uint32) plugin.SA { return plugin.SA{Instance: e.inst, UID: uid} }
 
 func (e *end) getKey(uid uint32) (key.ID, error) {
-	a, err := e.GetKey(e.t.Context(), plugin.GetKey{SA: e.sa(uid), Connection: "link", Peer: addrB})
+	m := plugin.GetKey{SA: e.sa(uid), Connection: "link", Peer: addrB}
+	if e.charon != nil {
+		a, err := e.charon.GetKey(e.t.Context(), m)
+		return a.KeyID, err
+	}
+	a, err := e.GetKey(e.t.Context(), m)
 	return a.KeyID, err
 }
 
@@ -418,7 +426,11 @@ func (e *end) sent(r *try, id key.ID) error {
 		e.t.Fatal(err)
 	}
 	r.ni = ni
-	a, err := e.Sent(e.t.Context(), r.message(e))
+	call := e.Sent
+	if e.charon != nil {
+		call = e.charon.Sent
+	}
+	a, err := call(e.t.Context(), r.message(e))
 	if err == nil {
 		r.ci = a.ConfirmI[:]
 	}
@@ -481,7 +493,12 @@ func (e *end) bind(r *try, responder bool, change func(*plugin.Bind)) (*binding,
 	if change != nil {
 		change(&m)
 	}
-	a, err := e.Bind(e.t.Context(), m)
+	call := e.Bind
+	if e.charon != nil {
+		call = e.charon.Bind
+		defer func() { m.Keymat.Wipe(); m.Token.Wipe() }()
+	}
+	a, err := call(e.t.Context(), m)
 	if err == nil && responder {
 		r.cr = a.ConfirmR
 	}
@@ -524,6 +541,11 @@ func (b *binding) install(inbound bool, change func(*plugin.AddSA)) error {
 	m := b.addSA(inbound)
 	if change != nil {
 		change(&m)
+	}
+	if b.e.charon != nil {
+		defer m.Token.Wipe()
+		_, err := b.e.charon.AddSA(b.e.t.Context(), m) // with ACK and COMMITTED
+		return err
 	}
 	a, err := b.e.AddSA(b.e.t.Context(), m)
 	if err != nil {
@@ -591,3 +613,27 @@ func (e *end) refused(err error, cause string) {
 }
 
 func discard() *slog.Logger { return slog.New(slog.DiscardHandler) }
+
+// overSocket puts a plugin server before the broker and a charon on its socket.
+func (e *end) overSocket() {
+	e.t.Helper()
+	path := filepath.Join(e.t.TempDir(), "run", "plugin.sock")
+	srv, err := plugin.Listen(path, plugin.Options{})
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(e.t.Context())
+	done := make(chan error, 1)
+	go func() { done <- srv.Serve(ctx, e.Broker) }()
+	e.t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			e.t.Error(err)
+		}
+	})
+	e.charon = plugintest.New(path)
+	if err := e.charon.Connect(ctx); err != nil {
+		e.t.Fatal(err)
+	}
+	e.inst = e.charon.Hello.Instance
+}

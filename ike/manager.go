@@ -119,8 +119,8 @@ func NewManager(o ManagerOptions) (*Manager, error) {
 }
 
 // Run keeps the connections until ctx ends; then it takes them out of charon
-// with their SAs, within StopTimeout, and returns nil. The plugin's server must
-// run until Run has returned.
+// with their SAs, within StopTimeout, and returns nil. Neither the Broker nor
+// the plugin's server is needed for that: charon deletes SAs itself.
 func (m *Manager) Run(ctx context.Context) error {
 	wait := m.t.redialMin
 	for {

@@ -168,6 +168,12 @@ func (s *site) connects(owner sad.Owner) {
 	defer s.charon.Unlock()
 	s.charon.OnInitiate = func(conn, child string) {
 		s.charon.Lock()
+		for _, ike := range s.charon.IKEs {
+			if ike.Conn == conn {
+				s.charon.Unlock() // charon refuses a duplicate
+				return
+			}
+		}
 		s.ownerID++
 		ike := ikeOf(conn, child, s.ownerID)
 		s.sad.put(ike.Children[0].SPIIn, ike.Children[0].SPIOut, owner)

@@ -62,7 +62,7 @@ func (b *Broker) reserve(ctx context.Context, cs *connState, m plugin.GetKey) (k
 	}
 	kme := b.kmes[cs.KME]
 	b.log.Info("KMS used", "connection", cs.Name, "kme", cs.KME, "address", kme.Address)
-	b.log.Info("GetKey sent", "connection", cs.Name, "kme", cs.KME, "local_sae", cs.LocalSAE, "peer_sae", cs.PeerSAE)
+	b.log.Info("GetKey sent", "connection", cs.Name, "peer", m.Peer, "kme", cs.KME, "local_sae", cs.LocalSAE, "peer_sae", cs.PeerSAE)
 	k, err := kme.Source.GetKey(ctx, cs.LocalSAE, cs.PeerSAE)
 	if err != nil {
 		return key.ID{}, fmt.Errorf("GetKey at KME %s: %w", cs.KME, err)
