@@ -135,6 +135,11 @@ func TestGuardBesideCharon(t *testing.T) {
 			}
 		}
 	}
+	// Not ours although it has the number of ours.
+	odd := xfrm.Policy{Dir: xfrm.Out, Src: netip.MustParsePrefix("10.9.0.0/16"), Dst: netip.MustParsePrefix("10.8.0.0/16"), Priority: GuardAllow, Templates: true}
+	if err := f.AddPolicy(t.Context(), odd); err != nil {
+		t.Fatal(err)
+	}
 	charon := slices.Clone(f.all)
 	for _, p := range policies {
 		if p.Priority <= 400000 {

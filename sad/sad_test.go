@@ -279,10 +279,33 @@ func TestReconcile(t *testing.T) {
 		{"gone from charon between", func(r *rig) []uint32 {
 			return r.reconcile(lists([]uint32{0x1000, 0x1001, 0x3000}, []uint32{0x1000, 0x1001}))
 		}, nil, []uint32{0x1000, 0x1001, 0xf000}, []uint32{0x1000, 0x1001}},
+		{"ends while charon is asked", func(r *rig) []uint32 {
+			calls := 0
+			return r.reconcile(func(ctx context.Context) ([]ID, error) {
+				if calls++; calls == 2 {
+					delete(r.kernel.sas, testSA(0x1000).Key())
+				}
+				return lists([]uint32{0x1000, 0x1001, 0x3000})(ctx)
+			})
+		}, []uint32{0x3000}, []uint32{0x1001, 0xf000}, []uint32{0x1001}},
+		{"comes and ends while charon is asked", func(r *rig) []uint32 {
+			return r.reconcile(lists([]uint32{0x1001}, []uint32{0x1000, 0x1001, 0x3000}))
+		}, nil, []uint32{0x1000, 0x1001, 0xf000}, []uint32{0x1000, 0x1001}},
 		{"deleted by charon", func(r *rig) []uint32 {
 			delete(r.kernel.sas, testSA(0x1000).Key())
 			return r.reconcile(lists([]uint32{0x1001}))
 		}, nil, []uint32{0x1001, 0xf000}, []uint32{0x1001}},
+		{"installed anew while charon is asked", func(r *rig) []uint32 {
+			return r.reconcile(func(context.Context) ([]ID, error) {
+				if r.sad.live[testSA(0x1000).Key()].serial < 3 {
+					if err := r.sad.Remove(r.t.Context(), testSA(0x1000).ID); err != nil {
+						r.t.Error(err)
+					}
+					r.install(0x1000, true)
+				}
+				return []ID{testSA(0x1001).ID}, nil
+			})
+		}, nil, []uint32{0x1000, 0x1001, 0xf000}, []uint32{0x1000, 0x1001}},
 		{"installed while charon is asked", func(r *rig) []uint32 {
 			return r.reconcile(func(context.Context) ([]ID, error) {
 				if len(r.sad.live) == 2 {

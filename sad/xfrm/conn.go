@@ -97,19 +97,21 @@ func (c *Conn) acquire(ctx context.Context) error {
 	return nil
 }
 
-func (c *Conn) release() { <-c.turn }
+// release wipes both buffers and gives the turn on.
+func (c *Conn) release() {
+	clear(c.tx.Bytes())
+	clear(c.rx.Bytes())
+	<-c.turn
+}
 
 // request is the message that the holder of the turn builds.
 func (c *Conn) request() *message { return &message{b: c.tx.Bytes()} }
 
 // exchange sends m, hands each answer of it to each (which may be nil) and
-// waits for its end. Both buffers are wiped before it returns; what each gets
-// is valid only during the call. interrupted tells that a dump was not
-// consistent. The caller holds the turn.
+// waits for its end. What each gets is valid only during the call. interrupted
+// tells that a dump was not consistent. The caller holds the turn.
 func (c *Conn) exchange(ctx context.Context, m *message, each func(typ uint16, body []byte) error) (interrupted bool, err error) {
 	defer runtime.KeepAlive(c)
-	defer clear(c.rx.Bytes())
-	defer clear(c.tx.Bytes())
 	if err := ctx.Err(); err != nil {
 		return false, err
 	}
@@ -122,10 +124,11 @@ func (c *Conn) exchange(ctx context.Context, m *message, each func(typ uint16, b
 	if err != nil {
 		return false, err
 	}
-	if err := c.sock.send(b); err != nil {
+	err = c.sock.send(b)
+	clear(b)
+	if err != nil {
 		return false, fmt.Errorf("send: %w", err)
 	}
-	clear(b)
 	for {
 		n, err := c.receive(until)
 		if err != nil {

@@ -239,6 +239,17 @@ func TestUnknown(t *testing.T) {
 		t.Errorf("not sent: %v", err)
 	}
 	wiped(t, c)
+
+	// The request is built, with the key in it, when ctx turns out to have ended.
+	c, s = scripted(t)
+	if err := c.acquire(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.put(ctx, nl.XFRM_MSG_NEWSA, "add", &sa, enc, nil); !errors.Is(err, context.Canceled) || len(s.requests) != 0 {
+		t.Errorf("built, not sent: %v", err)
+	}
+	c.release()
+	wiped(t, c)
 }
 
 // TestLateAnswer: the answer to a request that was given up does not count as
@@ -346,6 +357,29 @@ func TestMove(t *testing.T) {
 			t.Error("sequence number not advanced by 2^20")
 		}
 		wiped(t, c)
+	})
+	t.Run("encapsulation ends", func(t *testing.T) {
+		old := sa
+		old.Encap = true
+		old.Suite = Suite{Encr: EncrAESCBC, EncrBits: 128, Integ: IntegSHA256128}
+		m := newMessage()
+		if err := old.encode(m, nl.XFRM_MSG_NEWSA, enc[:16], make([]byte, 32)); err != nil {
+			t.Fatal(err)
+		}
+		m.attr(nl.XFRMA_ALG_AUTH, make([]byte, nl.SizeofXfrmAlgo)) // as the kernel tells it twice
+		var request []byte
+		c, _ := scripted(t, answer(nl.XFRM_MSG_NEWSA, bytes.Clone(m.b[16:m.n])), answer(nl.XFRM_MSG_NEWAE, newae(5)), ack(0, ""),
+			func(r []byte) [][]byte { request = r; return ack(0, "")(r) })
+		if err := c.Move(t.Context(), old.ID, Move{NewSrc: to.NewSrc, NewDst: to.NewDst}); err != nil {
+			t.Fatal(err)
+		}
+		count := map[uint16]int{}
+		if err := attributes(request[16+nl.SizeofXfrmUsersaInfo:], func(typ uint16, _ []byte) error { count[typ]++; return nil }); err != nil {
+			t.Fatal(err)
+		}
+		if count[nl.XFRMA_ENCAP] != 0 || count[nl.XFRMA_ALG_AUTH] != 0 || count[nl.XFRMA_ALG_AUTH_TRUNC] != 1 || count[nl.XFRMA_ALG_CRYPT] != 1 {
+			t.Errorf("attributes of the request: %v", count)
+		}
 	})
 	t.Run("sequence used up", func(t *testing.T) {
 		c, s := scripted(t, answer(nl.XFRM_MSG_NEWSA, newsa(t, sa, enc)), answer(nl.XFRM_MSG_NEWAE, newae(1<<32-10)))

@@ -166,6 +166,21 @@ func TestRoundTrip(t *testing.T) {
 	}
 }
 
+// TestPoliciesOfSockets: charon's bypass of its own sockets is listed in the
+// dump with directions of its own, and is not a policy of the SPD.
+func TestPoliciesOfSockets(t *testing.T) {
+	_, policies := messageVectors(t)
+	body := bytes.Clone(policies[0].Add[16:])
+	const dirAt = nl.SizeofXfrmSelector + nl.SizeofXfrmLifetimeCfg + nl.SizeofXfrmLifetimeCur + 8
+	if body[dirAt] != byte(Out) {
+		t.Fatalf("direction is not at %d", dirAt)
+	}
+	body[dirAt] = 4
+	if p, ok, err := parsePolicy(body); ok || err != nil {
+		t.Errorf("%v, %v, %v", p, ok, err)
+	}
+}
+
 func TestCheckRefuses(t *testing.T) {
 	good := vectorSA{Src: netip.MustParseAddr("192.0.2.1"), Dst: netip.MustParseAddr("192.0.2.2"), SPI: 0x1000, Mode: Tunnel, Suite: Suite{Encr: EncrAESGCM16, EncrBits: 256}, Inbound: true}.sa()
 	if err := good.Check(); err != nil {

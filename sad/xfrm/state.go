@@ -64,7 +64,6 @@ func (c *Conn) replaceLarval(ctx context.Context, sa *SA, enc, integ []byte) err
 
 func (c *Conn) put(ctx context.Context, typ nl.XfrmMsgType, what string, sa *SA, enc, integ []byte) error {
 	m := c.request()
-	defer clear(c.tx.Bytes())
 	if err := sa.encode(m, typ, enc, integ); err != nil {
 		return err
 	}
@@ -338,7 +337,6 @@ func (c *Conn) SetPorts(ctx context.Context, id ID, src, dst uint16) error {
 		return err
 	}
 	defer raw.Wipe()
-	defer clear(c.tx.Bytes())
 	m := c.request()
 	if err := portsRequest(m, raw.Bytes(), src, dst); err != nil {
 		return explain("change the ports of", id, err)
@@ -424,7 +422,6 @@ func (c *Conn) Move(ctx context.Context, id ID, to Move) error {
 	if err := moveRequest(c.request(), raw.Bytes(), aevent{}, id, to); err != nil {
 		return explain("move", id, err)
 	}
-	clear(c.tx.Bytes())
 	ae, err := c.aevent(ctx, id)
 	if err != nil {
 		return err
@@ -440,7 +437,6 @@ func (c *Conn) Move(ctx context.Context, id ID, to Move) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), maxWait)
 	defer cancel()
 	m := c.request()
-	defer clear(c.tx.Bytes())
 	if err := moveRequest(m, raw.Bytes(), ae, id, to); err != nil {
 		return explain("SA was taken out and could not be put back: move", id, err)
 	}
