@@ -396,9 +396,14 @@ func TestClientTLS(t *testing.T) {
 	w := newWorld(t, 10, nil)
 	other := newCA(t)
 	for _, bad := range []etsi014.ClientConfig{
-		{URL: "http://kme", TLS: &tls.Config{}}, {URL: "kme", TLS: &tls.Config{}}, {URL: "https://", TLS: &tls.Config{}},
-		{URL: "https://kme?x=1", TLS: &tls.Config{}}, {URL: "https://u:p@kme", TLS: &tls.Config{}}, {URL: "https://kme"},
-		{URL: "https://kme", TLS: &tls.Config{InsecureSkipVerify: true}}, {URL: "https://kme\n", TLS: &tls.Config{}},
+		{URL: "http://kme", TLS: &tls.Config{}},
+		{URL: "kme", TLS: &tls.Config{}},
+		{URL: "https://", TLS: &tls.Config{}},
+		{URL: "https://kme?x=1", TLS: &tls.Config{}},
+		{URL: "https://u:p@kme", TLS: &tls.Config{}},
+		{URL: "https://kme"},
+		{URL: "https://kme", TLS: &tls.Config{InsecureSkipVerify: true}},
+		{URL: "https://kme\n", TLS: &tls.Config{}},
 	} {
 		if _, err := etsi014.NewClient(bad); err == nil {
 			t.Errorf("%q: accepted", bad.URL)

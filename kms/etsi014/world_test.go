@@ -192,11 +192,13 @@ func (w wire) SendNotices(ctx context.Context, _ string, n []ksa.Notice) error {
 	return (*w.to).Receive(ctx, w.from, n)
 }
 
-func (w wire) PullNotice(_ context.Context, _ string, id key.ID) (ksa.Notice, error) {
-	if n, ok := (*w.to).Issued(w.from, id); ok {
-		return n, nil
+func (w wire) PullNotices(_ context.Context, _ string, ids []key.ID) (ns []ksa.Notice, _ error) {
+	for _, id := range ids {
+		if n, ok := (*w.to).Issued(w.from, id); ok {
+			ns = append(ns, n)
+		}
 	}
-	return ksa.Notice{}, ksa.ErrNoNotice
+	return ns, nil
 }
 
 // world is two nodes, a and b, each with a KSA behind a real server on
@@ -223,12 +225,18 @@ func newWorld(t testing.TB, keys int, change func(*etsi014.Options)) *world {
 	}}
 	tables := [2][]ksa.SAE{
 		{
-			{ID: "a1", Node: "a", Peers: []string{"b1", "a2"}}, {ID: "a2", Node: "a", Peers: []string{"b2"}},
-			{ID: "b1", Node: "b"}, {ID: "b2", Node: "b"}, {ID: "b404", Node: "b"},
+			{ID: "a1", Node: "a", Peers: []string{"b1", "a2"}},
+			{ID: "a2", Node: "a", Peers: []string{"b2"}},
+			{ID: "b1", Node: "b"},
+			{ID: "b2", Node: "b"},
+			{ID: "b404", Node: "b"},
 		},
 		{
-			{ID: "b1", Node: "b", Peers: []string{"a1"}}, {ID: "b2", Node: "b", Peers: []string{"a2"}},
-			{ID: "b404", Node: "b", Peers: []string{"a1"}}, {ID: "a1", Node: "a"}, {ID: "a2", Node: "a"},
+			{ID: "b1", Node: "b", Peers: []string{"a1"}},
+			{ID: "b2", Node: "b", Peers: []string{"a2"}},
+			{ID: "b404", Node: "b", Peers: []string{"a1"}},
+			{ID: "a1", Node: "a"},
+			{ID: "a2", Node: "a"},
 		},
 	}
 	for i, node := range []string{"a", "b"} {

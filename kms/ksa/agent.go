@@ -21,7 +21,7 @@ const (
 	MaxPerRequest = 128
 )
 
-// What the functions of Keys and Peers say so that the agent can tell it apart.
+// What the agent can tell apart.
 var (
 	ErrGone     = errors.New("ksa: key is gone")                 // Keys.Claim: burned, expired or claimed before
 	ErrNoNotice = errors.New("ksa: peer has no such notice")     // Peers.PullNotice: the peer answered, and has none
@@ -44,8 +44,8 @@ type Level struct {
 	Synced         bool // false: the peer has not agreed yet where to go on
 }
 
-// Keys is the KMA as the KSA needs it. All four work on memory and do not
-// block on a peer or a disk.
+// Keys is the KMA as the KSA needs it. All four work on memory; only Take may
+// wait, for a lease on its way and within ctx.
 type Keys interface {
 	// Take gives the next key of our lease with the node peer; any error
 	// means that there is none for now.
@@ -66,9 +66,9 @@ type Peers interface {
 	// SendNotices delivers notices; nil only if peer acknowledged them.
 	// They may be sent again and in any order.
 	SendNotices(ctx context.Context, peer string, n []Notice) error
-	// PullNotice asks peer for the notice of id; ErrNoNotice if it answers
-	// that it has none.
-	PullNotice(ctx context.Context, peer string, id key.ID) (Notice, error)
+	// PullNotices asks peer for the notices of ids, and gives those that peer
+	// has. An error means that peer did not answer.
+	PullNotices(ctx context.Context, peer string, ids []key.ID) ([]Notice, error)
 }
 
 // EventKind says what an Event is about.
@@ -104,7 +104,7 @@ type Options struct {
 	Reserve     int           // keys of each peer's pool kept for IPsec SAEs
 	TTL         time.Duration // how long a key waits for its slave SAE; default 5 minutes, at most an hour
 	PullTimeout time.Duration // bound on asking the peer for missing notices; default 500 ms
-	MaxNotices  int           // notices held at once, each way; default 500,000
+	MaxNotices  int           // notices of peers held at once, of ours four times as many; default 110,000
 	MaxKeyCount int           // what Status calls max_key_count; default 10,000,000
 	RetryAfter  time.Duration // hint with "no key left"; default 1 s
 
@@ -130,7 +130,7 @@ func New(o Options) (*Agent, error) {
 	}
 	o.TTL = orDefault(o.TTL, 5*time.Minute)
 	o.PullTimeout = orDefault(o.PullTimeout, 500*time.Millisecond)
-	o.MaxNotices = orDefault(o.MaxNotices, 500_000)
+	o.MaxNotices = orDefault(o.MaxNotices, 110_000)
 	o.MaxKeyCount = orDefault(o.MaxKeyCount, 10_000_000)
 	o.RetryAfter = orDefault(o.RetryAfter, time.Second)
 	if o.Now == nil {
@@ -150,7 +150,7 @@ func New(o Options) (*Agent, error) {
 		}
 	}
 	a.in.init(o.MaxNotices)
-	a.out.init(o.MaxNotices, a.nodes)
+	a.out.init(4*o.MaxNotices, a.nodes)
 	return a, nil
 }
 
@@ -296,6 +296,9 @@ func (a *Agent) Status(_ context.Context, caller, peer string) (key.SupplyStatus
 	stored := l.Active + l.Leased
 	if !c.IPsec {
 		stored = max(0, stored-a.o.Reserve)
+	}
+	if !l.Synced {
+		stored = 0 // none that could be had
 	}
 	return key.SupplyStatus{
 		SourceKME: a.o.Node, TargetKME: p.Node, MasterSAE: caller, SlaveSAE: peer,

@@ -305,6 +305,10 @@ func TestStatus(t *testing.T) {
 	}
 	_, err = a.Status(t.Context(), "a1", "b2")
 	wantKind(t, err, "unauthorised")
+	a.keys.apart = true
+	if got, err := a.Status(t.Context(), "a1", "b1"); err != nil || got.StoredKeyCount != 0 {
+		t.Errorf("before the peer is synced: %+v, %v", got, err)
+	}
 }
 
 func TestUsage(t *testing.T) {
@@ -357,12 +361,12 @@ func TestTableFaults(t *testing.T) {
 }
 
 func TestTooManyNotices(t *testing.T) {
-	a, b := twoSites(t, 10, func(o *Options) { o.MaxNotices = 3 })
-	mustGet(t, a, "a1", "b1", 2, 256)
+	a, b := twoSites(t, 20, func(o *Options) { o.MaxNotices = 3 })
+	mustGet(t, a, "a1", "b1", 11, 256)
 	_, err := a.GetKey(t.Context(), "a1", "b1", 2, 256)
 	wantKind(t, err, "unavailable")
-	if own, _ := a.keys.left(); own != 8 {
-		t.Errorf("%d keys left, want 8", own)
+	if own, _ := a.keys.left(); own != 9 {
+		t.Errorf("%d keys left, want 9", own)
 	}
 	var ns []Notice
 	for i := range 4 {

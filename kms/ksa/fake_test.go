@@ -27,6 +27,7 @@ type fakeKeys struct {
 	handed  []*key.Material // every master key that went out by Take or Claim
 	putBack int
 	takeErr error
+	apart   bool // not synced
 }
 
 func (f *fakeKeys) Take(_ context.Context, peer string) (MasterKey, error) {
@@ -69,7 +70,7 @@ func (f *fakeKeys) Level(peer string) (Level, error) {
 	if peer != f.peer {
 		return Level{}, errors.New("no pool with that node")
 	}
-	return Level{Leased: len(f.lease), Synced: true}, nil
+	return Level{Leased: len(f.lease), Synced: !f.apart}, nil
 }
 
 // burn destroys what the peer owns up to upTo but for keep, under the lock that
@@ -119,6 +120,7 @@ type fakePeers struct {
 	mu    sync.Mutex
 	send  func(ns []Notice) ([]Notice, error) // what arrives; nil: everything
 	pull  func(ctx context.Context) error
+	extra []Notice // what PullNotices gives besides
 	pulls int
 	sent  int
 }
@@ -137,21 +139,23 @@ func (f *fakePeers) SendNotices(ctx context.Context, _ string, ns []Notice) erro
 	return errors.Join(failed, f.other().Receive(ctx, f.self, ns))
 }
 
-func (f *fakePeers) PullNotice(ctx context.Context, _ string, id key.ID) (Notice, error) {
+func (f *fakePeers) PullNotices(ctx context.Context, _ string, ids []key.ID) ([]Notice, error) {
 	f.mu.Lock()
 	pull := f.pull
 	f.pulls++
 	f.mu.Unlock()
 	if pull != nil {
 		if err := pull(ctx); err != nil {
-			return Notice{}, err
+			return nil, err
 		}
 	}
-	n, ok := f.other().Issued(f.self, id)
-	if !ok {
-		return Notice{}, ErrNoNotice
+	var ns []Notice
+	for _, id := range ids {
+		if n, ok := f.other().Issued(f.self, id); ok {
+			ns = append(ns, n)
+		}
 	}
-	return n, nil
+	return append(ns, f.extra...), nil
 }
 
 func (f *fakePeers) count() (sent, pulls int) {

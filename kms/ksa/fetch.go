@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync"
 
 	"github.com/q-ipsec/q-ipsec/kms/key"
 )
@@ -62,9 +61,9 @@ func checkIDs(ids []key.ID) error {
 	return nil
 }
 
-// pullMissing asks peer for the notices that have not come yet, in PullTimeout
-// for all of them. What peer does not have stays missing; only a peer that does
-// not answer is an error.
+// pullMissing asks peer, once and for PullTimeout at most, for the notices that
+// have not come yet. What peer does not have stays missing; only a peer that
+// does not answer is an error.
 func (a *Agent) pullMissing(ctx context.Context, peer string, ids []key.ID) error {
 	var missing []key.ID
 	for _, id := range ids {
@@ -77,40 +76,28 @@ func (a *Agent) pullMissing(ctx context.Context, peer string, ids []key.ID) erro
 	}
 	ctx, cancel := context.WithTimeout(ctx, a.o.PullTimeout)
 	defer cancel()
-	var wg sync.WaitGroup
-	errs := make([]error, len(missing))
-	for i, id := range missing {
-		select {
-		case a.pulls <- struct{}{}:
-		case <-ctx.Done():
-			wg.Wait()
-			return a.unavailable(fmt.Errorf("ksa: ask node %q for the notice of key %s: %w", peer, id, ctx.Err()))
-		}
-		wg.Go(func() {
-			defer func() { <-a.pulls }()
-			errs[i] = a.pull(ctx, peer, id)
-		})
+	fail := func(err error) error {
+		return a.unavailable(fmt.Errorf("ksa: ask node %q for %d supply notices: %w", peer, len(missing), err))
 	}
-	wg.Wait()
-	if err := errors.Join(errs...); err != nil {
-		return a.unavailable(err)
+	select {
+	case a.pulls <- struct{}{}:
+		defer func() { <-a.pulls }()
+	case <-ctx.Done():
+		return fail(ctx.Err())
+	}
+	ns, err := a.o.Peers.PullNotices(ctx, peer, missing)
+	if err != nil {
+		return fail(err)
+	}
+	for _, n := range ns {
+		if !slices.Contains(missing, n.KeyID) {
+			return fail(fmt.Errorf("it gave that of key %s, which was not asked for", n.KeyID))
+		}
+	}
+	if err := a.receive(peer, ns, true); err != nil {
+		return fail(err)
 	}
 	return nil
-}
-
-// pull is nil also if peer has no notice, or none it may give.
-func (a *Agent) pull(ctx context.Context, peer string, id key.ID) error {
-	n, err := a.o.Peers.PullNotice(ctx, peer, id)
-	if errors.Is(err, ErrNoNotice) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("ksa: ask node %q for the notice of key %s: %w", peer, id, err)
-	}
-	if n.KeyID != id {
-		return fmt.Errorf("ksa: node %q was asked for the notice of key %s and gave that of %s", peer, id, n.KeyID)
-	}
-	return a.Receive(ctx, peer, []Notice{n})
 }
 
 // lockAll finds and locks the arrivals of ids, which are all different, in the

@@ -29,7 +29,7 @@ type Notice struct {
 const (
 	maxTTL    = time.Hour
 	shards    = 32
-	maxPulls  = 64  // under way at once, whoever asks
+	maxPulls  = 64  // under way at once, whoever asks; each names MaxPerRequest keys at most
 	batchSize = 256 // notices in one message
 )
 
@@ -84,8 +84,9 @@ func (b *inbox) get(id key.ID) *arrival {
 }
 
 // add keeps a, unless there is an arrival of that id already: then it reports
-// whether both say the same.
-func (b *inbox) add(a *arrival) error {
+// whether both say the same. Notices that were pulled for a call have some room
+// of their own, so that keys nobody fetches cannot stop those that are fetched.
+func (b *inbox) add(a *arrival, pulled bool) error {
 	s := &b.shard[of(a.KeyID)]
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -95,7 +96,11 @@ func (b *inbox) add(a *arrival) error {
 		}
 		return nil
 	}
-	if b.n.Load() >= b.max {
+	limit := b.max
+	if pulled {
+		limit += b.max / 8
+	}
+	if b.n.Load() >= limit {
 		return errFull
 	}
 	b.n.Add(1)
@@ -152,9 +157,13 @@ func (n Notice) same(o Notice) bool {
 // means that some could not be kept and shall be sent again; repeats are
 // harmless.
 func (a *Agent) Receive(_ context.Context, peer string, ns []Notice) error {
+	return a.receive(peer, ns, false)
+}
+
+func (a *Agent) receive(peer string, ns []Notice, pulled bool) error {
 	now := a.o.Now()
 	for _, n := range ns {
-		err := a.accept(peer, n, now)
+		err := a.accept(peer, n, now, pulled)
 		if errors.Is(err, errFull) {
 			return err
 		}
@@ -165,7 +174,7 @@ func (a *Agent) Receive(_ context.Context, peer string, ns []Notice) error {
 	return nil
 }
 
-func (a *Agent) accept(peer string, n Notice, now time.Time) error {
+func (a *Agent) accept(peer string, n Notice, now time.Time, pulled bool) error {
 	m := a.saes[n.MasterSAE]
 	switch {
 	case m == nil || m.Node != peer:
@@ -181,7 +190,7 @@ func (a *Agent) accept(peer string, n Notice, now time.Time) error {
 	if s == nil || s.Node != a.o.Node || !slices.Contains(s.Peers, n.MasterSAE) {
 		return fmt.Errorf("ksa: notice for slave SAE %q, which may not share keys with %q here", n.SlaveSAEs[0], n.MasterSAE)
 	}
-	return a.in.add(&arrival{Notice: n, peer: peer, expires: now.Add(n.TTL)})
+	return a.in.add(&arrival{Notice: n, peer: peer, expires: now.Add(n.TTL)}, pulled)
 }
 
 // KeepOnBurn says which keys of pool up to upTo have a notice here. When the

@@ -3,6 +3,8 @@ package ksa
 import (
 	"context"
 	"errors"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -71,7 +73,7 @@ func TestLostNoticeIsPulled(t *testing.T) {
 		t.Fatal(err)
 	}
 	equalKeys(t, x, got)
-	if _, pulls := b.peers.count(); pulls != 5 {
+	if _, pulls := b.peers.count(); pulls != 1 {
 		t.Errorf("%d pulls", pulls)
 	}
 	if _, ok := a.Issued("c", x[0].ID); ok {
@@ -98,27 +100,63 @@ func TestSilentPeer(t *testing.T) {
 
 // More pulls than may be under way at once still end in the bound.
 func TestPullsAreBounded(t *testing.T) {
-	a, b := twoSites(t, 0, func(o *Options) { o.PullTimeout = 20 * time.Millisecond })
-	_ = a
+	_, b := twoSites(t, 0, func(o *Options) { o.PullTimeout = 50 * time.Millisecond })
+	var most atomic.Int32
 	b.peers.pull = func(ctx context.Context) error {
-		if len(b.pulls) > maxPulls {
-			return errors.New("too many at once")
+		if n := int32(len(b.pulls)); n > most.Load() {
+			most.Store(n)
 		}
 		<-ctx.Done()
 		return ctx.Err()
 	}
-	many := make([]key.ID, 128)
-	for i := range many {
-		many[i] = key.ID{byte(i + 1), 1}
+	var wg sync.WaitGroup
+	for i := range 3 * maxPulls {
+		wg.Go(func() {
+			_, err := b.GetKeyWithID(t.Context(), "b1", "a1", []key.ID{{byte(i + 1), 1}}, 0)
+			wantKind(t, err, "unavailable")
+		})
 	}
-	_, err := fetch(t, b, "b1", "a1", many, 0)
+	wg.Wait()
+	if n := most.Load(); n > maxPulls || len(b.pulls) != 0 {
+		t.Errorf("%d pulls at once, %d slots are not given back", n, len(b.pulls))
+	}
+	if _, pulls := b.peers.count(); pulls > 3*maxPulls {
+		t.Errorf("%d pulls", pulls)
+	}
+}
+
+// A peer that answers with what was not asked for gets nothing in.
+func TestPullGivesOtherNotice(t *testing.T) {
+	a, b := twoSites(t, 2, nil)
+	x := mustGet(t, a, "a1", "b1", 2, 256)
+	n, _ := a.Issued("b", x[1].ID)
+	b.peers.extra = []Notice{n}
+	_, err := fetch(t, b, "b1", "a1", ids(x[:1]), 0)
 	wantKind(t, err, "unavailable")
-	if _, pulls := b.peers.count(); pulls != maxPulls {
-		t.Errorf("%d pulls, want %d", pulls, maxPulls)
+	if b.in.n.Load() != 0 {
+		t.Error("a notice was kept")
 	}
-	if len(b.pulls) != 0 {
-		t.Error("slots are not given back")
+}
+
+// Keys that nobody fetches fill the room for notices; a pull still gets in.
+func TestPullWhenFull(t *testing.T) {
+	a, b := twoSites(t, 30, func(o *Options) { o.MaxNotices = 16 })
+	x := mustGet(t, a, "a1", "b1", 20, 256)
+	var ns []Notice
+	for _, k := range x {
+		n, _ := a.Issued("b", k.ID)
+		ns = append(ns, n)
 	}
+	if err := b.Receive(t.Context(), "a", ns); !errors.Is(err, errFull) {
+		t.Fatalf("20 notices where there is room for 16: %v", err)
+	}
+	for _, k := range x[16:] {
+		if _, err := fetch(t, b, "b1", "a1", []key.ID{k.ID}, 0); err != nil {
+			t.Error(err)
+		}
+	}
+	_, err := fetch(t, b, "b1", "a1", ids(x[16:19]), 0)
+	wantKind(t, err, "unavailable") // two more than there is room for
 }
 
 func TestReceiveRefusesWhatIsNotThePeers(t *testing.T) {
