@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -110,36 +111,35 @@ func (p peersForKSA) SendNotices(ctx context.Context, peer string, list []ksa.No
 	if c == nil {
 		return errNoPeer
 	}
-	for len(list) > 0 {
-		n := min(len(list), type1.MaxNotices)
-		r := type1.NoticeRequest{Notices: make([]type1.Notice, n)}
-		for i, v := range list[:n] {
+	for some := range slices.Chunk(list, type1.MaxNotices) {
+		r := type1.NoticeRequest{Notices: make([]type1.Notice, len(some))}
+		for i, v := range some {
 			r.Notices[i] = toType1(v)
 		}
 		if err := c.SupplyNotice(ctx, r); err != nil {
 			return err
 		}
-		list = list[n:]
 	}
 	return nil
 }
 
-// PullNotice asks for one supply notice.
-func (p peersForKSA) PullNotice(ctx context.Context, peer string, id key.ID) (ksa.Notice, error) {
+// PullNotices asks for supply notices.
+func (p peersForKSA) PullNotices(ctx context.Context, peer string, ids []key.ID) ([]ksa.Notice, error) {
 	c := p[peer]
 	if c == nil {
-		return ksa.Notice{}, errNoPeer
+		return nil, errNoPeer
 	}
-	r, err := c.PullNotice(ctx, type1.PullRequest{KeyIDs: []key.ID{id}})
-	if err != nil {
-		return ksa.Notice{}, err
-	}
-	for _, n := range r.Notices {
-		if n.KeyID == id {
-			return fromType1(n), nil
+	var out []ksa.Notice
+	for some := range slices.Chunk(ids, type1.MaxNotices) {
+		r, err := c.PullNotice(ctx, type1.PullRequest{KeyIDs: some})
+		if err != nil {
+			return nil, err
+		}
+		for _, n := range r.Notices {
+			out = append(out, fromType1(n))
 		}
 	}
-	return ksa.Notice{}, ksa.ErrNoNotice
+	return out, nil
 }
 
 // supplyForType1 is the KSA in Type-1's terms.
