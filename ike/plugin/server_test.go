@@ -285,9 +285,14 @@ func TestFailedCommitIsRolledBack(t *testing.T) {
 }
 
 func TestUseKey(t *testing.T) {
-	f, c := connected(t)
 	encr, integ := material(t, 36), material(t, 32)
-	f.addSA = plugin.AddSAAnswer{Verdict: plugin.UseKey, Encr: encr, Integ: integ}
+	f := &fake{addSA: plugin.AddSAAnswer{Verdict: plugin.UseKey, Encr: encr, Integ: integ}}
+	path := socket(t)
+	stop := serve(t, path, f, plugin.Options{})
+	c := plugintest.New(path)
+	if err := c.Connect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	a, err := c.AddSA(t.Context(), addSA(t))
 	if err != nil || a.Verdict != plugin.UseKey {
 		t.Fatalf("AddSA: %+v %v", a, err)
@@ -300,7 +305,11 @@ func TestUseKey(t *testing.T) {
 	if f.count("commit") != 0 {
 		t.Error("committed an SA that charon installs")
 	}
-	eventually(t, "the server wipes the keys", func() bool { return encr.Len() == 0 && integ.Len() == 0 })
+	stop() // joins the server's goroutines, which owned the keys
+	if encr.Len() != 0 || integ.Len() != 0 {
+		t.Error("the server did not wipe the keys it sent")
+	}
+	_ = c.Disconnect()
 }
 
 func TestOnlyGreetedInstancesAreServed(t *testing.T) {
