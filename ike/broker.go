@@ -13,10 +13,9 @@ import (
 	"github.com/q-ipsec/q-ipsec/sad"
 )
 
-// Time limits of the broker's state. reserveTTL must stay below the time for
-// which the peer's KSA keeps a supply notice.
+// Time limits of the broker's state.
 const (
-	reserveTTL   = 4 * time.Minute  // a reserved key that was not sent
+	keyLife      = 5 * time.Minute  // of a key whose KME does not say
 	spentTTL     = 3 * time.Minute  // a sent key whose exchange has no end; above charon's 165 s of retransmits
 	tokenTTL     = 3 * time.Second  // from BIND to both add_sa, which follow in the same thread
 	usedTTL      = 15 * time.Minute // for which a Key-ID is remembered as used
@@ -54,6 +53,19 @@ type KME struct {
 	// field for it); both ends must hold it alike. Zero: relayed, because a KME
 	// that does not say may have relayed them.
 	Class key.Class
+	// KeyLife is how long after GetKey the peer can fetch a key (the KSA's notice
+	// TTL). A key that was not sent by four fifths of it is dropped. Zero: 5
+	// minutes.
+	KeyLife time.Duration
+}
+
+// reserve is how long a key may wait to be sent.
+func (k KME) reserve() time.Duration {
+	life := k.KeyLife
+	if life == 0 {
+		life = keyLife
+	}
+	return life / 5 * 4
 }
 
 // classOf is the class that the policy and the key schedule take for k.

@@ -167,17 +167,29 @@ func TestReservation(t *testing.T) {
 		}, 2},
 		"reservation too old": {func(t *testing.T, p *pair) {
 			id := p.a.mustKey(1)
-			p.a.clock.add(reserveTTL)
+			p.a.clock.add(KME{}.reserve())
 			p.a.refused(p.a.sent(newTry(1, 0), id), "expired")
 			if p.a.mustKey(2) == id {
 				t.Error("an expired Key-ID was given out")
+			}
+		}, 2},
+		"a source whose keys live shorter": {func(t *testing.T, p *pair) {
+			p.a.kmes["local"] = KME{Source: p.kms, KeyLife: 10 * time.Second}
+			id := p.a.mustKey(1)
+			p.a.clock.add(8*time.Second - 1)
+			if p.a.mustKey(1) != id {
+				t.Error("dropped too early")
+			}
+			p.a.clock.add(1)
+			if p.a.mustKey(1) == id {
+				t.Error("a key that the peer can hardly fetch in time was given out")
 			}
 		}, 2},
 		"swept when too old, free or not": {func(t *testing.T, p *pair) {
 			p.a.mustKey(1)
 			p.a.mustKey(2)
 			end(p.a, 2)
-			p.a.clock.add(reserveTTL)
+			p.a.clock.add(KME{}.reserve())
 			p.a.sweep()
 			if n := p.kms.leaks(); n != 0 || len(p.a.pending) != 0 || p.a.conns["link"].held != 0 {
 				t.Errorf("%d keys left", n)

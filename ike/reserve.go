@@ -141,7 +141,7 @@ func (b *Broker) keep(ctx context.Context, cs *connState, sa plugin.SA, k key.Su
 		k.Material.Wipe()
 		return key.ID{}, errShutdown
 	}
-	p := &pending{id: k.ID, class: k.Class, material: k.Material, conn: cs, expires: b.now().Add(reserveTTL)}
+	p := &pending{id: k.ID, class: k.Class, material: k.Material, conn: cs, expires: b.now().Add(b.kmes[cs.KME].reserve())}
 	b.pending[p.id] = p
 	cs.held++
 	_, err := b.admit(sa, cs.Name)

@@ -182,7 +182,7 @@ func TestBrokerRun(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- p.a.Run(ctx) }()
 	p.a.mustKey(1)
-	p.a.clock.add(reserveTTL)
+	p.a.clock.add(KME{}.reserve())
 	eventually(t, "the expired key is dropped", func() bool {
 		p.a.mu.Lock()
 		defer p.a.mu.Unlock()
