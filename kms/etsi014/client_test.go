@@ -195,12 +195,8 @@ func one(id, k string) string { return `{"key_ID":"` + id + `","key":"` + k + `"
 
 func TestClientReadsAnswers(t *testing.T) {
 	authority := newCA(t)
-	var status int
 	var body string
-	url := scripted(t, authority, 0, func(w http.ResponseWriter, _ *http.Request) {
-		w.WriteHeader(status)
-		_, _ = io.WriteString(w, body)
-	})
+	url := scripted(t, authority, 0, func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, body) })
 	c := newClient(t, etsi014.ClientConfig{URL: url, TLS: authority.clientTLS(t, "a1")})
 	two := `{"keys":[` + one(id1, b64) + `,` + one(id2, b64b) + `]}`
 	for name, a := range map[string]struct {
@@ -236,7 +232,7 @@ func TestClientReadsAnswers(t *testing.T) {
 		"HTML":                    {`<html>`, false},
 		"endless":                 {`{"keys":[` + strings.Repeat(" ", 1<<20) + `]}`, false},
 	} {
-		status, body = 200, a.body
+		body = a.body
 		keys, err := c.GetKey(t.Context(), "b1", 2, 256)
 		if (err == nil) != a.ok || (keys != nil) != a.ok {
 			t.Errorf("%s: %v", name, err)
@@ -249,6 +245,14 @@ func TestClientReadsAnswers(t *testing.T) {
 		}
 		key.WipeAll(keys)
 	}
+}
+
+func TestClientChecksIDs(t *testing.T) {
+	authority := newCA(t)
+	url := scripted(t, authority, 0, func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, `{"keys":[`+one(id1, b64)+`,`+one(id2, b64b)+`]}`)
+	})
+	c := newClient(t, etsi014.ClientConfig{URL: url, TLS: authority.clientTLS(t, "a1")})
 	first, _ := key.ParseID(id1)
 	second, _ := key.ParseID(id2)
 	for name, a := range map[string]struct {
@@ -265,7 +269,6 @@ func TestClientReadsAnswers(t *testing.T) {
 		"no id":         {nil, 0, false},
 		"size not by 8": {[]key.ID{first, second}, 255, false},
 	} {
-		status, body = 200, two
 		keys, err := c.GetKeyWithID(t.Context(), "b1", a.ids, a.bits)
 		if (err == nil) != a.ok {
 			t.Errorf("%s: %v", name, err)

@@ -113,128 +113,38 @@ func TestExactOutput(t *testing.T) {
 	}
 }
 
-func TestRefusals(t *testing.T) {
+// refusal is a request of an SAE to node a and how it is answered.
+type refusal struct {
+	sae, verb, path, body string
+	status                int
+	want                  string // the body; anyText: an Error, whatever it says
+}
+
+const (
+	enc      = keysPath + "b1/enc_keys"
+	dec      = keysPath + "b1/dec_keys"
+	idText   = "9f8b2d6e-1111-8abc-8def-0123456789ab"
+	id       = `"` + idText + `"`
+	size8    = `{"message":"size shall be a multiple of 8"}`
+	notFound = `{"message":"one or more keys specified are not found on KME"}`
+	sizes    = `{"message":"size shall be between 64 and 4096"}`
+	numbers  = `{"message":"number shall be between 1 and 128"}`
+	notJSON  = `{"message":"request body is not valid JSON"}`
+	notUUID  = `{"message":"key_ID shall be a UUID"}`
+	anyText  = "*"
+)
+
+func unknown(field string) string {
+	return `{"message":"field \"` + field + `\" is unknown (names are case-sensitive)"}`
+}
+
+// refuses makes the requests, none of which may consume a key.
+func refuses(t *testing.T, requests []refusal) {
+	t.Helper()
 	w := newWorld(t, 100, nil)
-	before := w.inv.left["a"]
-	enc, dec := keysPath+"b1/enc_keys", keysPath+"b1/dec_keys"
-	id := `"9f8b2d6e-1111-8abc-8def-0123456789ab"`
-	const (
-		size8    = `{"message":"size shall be a multiple of 8"}`
-		notFound = `{"message":"one or more keys specified are not found on KME"}`
-		sizes    = `{"message":"size shall be between 64 and 4096"}`
-		numbers  = `{"message":"number shall be between 1 and 128"}`
-		notJSON  = `{"message":"request body is not valid JSON"}`
-		anyText  = "*"
-	)
-	unknown := func(f string) string {
-		return `{"message":"field \"` + f + `\" is unknown (names are case-sensitive)"}`
-	}
-	for _, c := range []struct {
-		sae, verb, path, body string
-		status                int
-		want                  string
-	}{
-		// sizes and numbers
-		{"a1", "GET", enc + "?size=0", "", 400, `{"message":"size shall not be 0"}`},
-		{"a1", "GET", enc + "?size=7", "", 400, size8},
-		{"a1", "GET", enc + "?size=257", "", 400, size8},
-		{"a1", "GET", enc + "?size=4104", "", 400, sizes},
-		{"a1", "GET", enc + "?size=999999999", "", 400, size8},
-		{"a1", "GET", enc + "?number=0", "", 400, numbers},
-		{"a1", "GET", enc + "?number=129", "", 400, numbers},
-		{"a1", "POST", enc, `{"size":0}`, 400, `{"message":"size shall not be 0"}`},
-		{"a1", "POST", enc, `{"size":7}`, 400, size8},
-		{"a1", "POST", enc, `{"size":257}`, 400, size8},
-		{"a1", "POST", enc, `{"size":56}`, 400, sizes},
-		{"a1", "POST", enc, `{"size":4104}`, 400, sizes},
-		{"a1", "POST", enc, `{"number":0}`, 400, numbers},
-		{"a1", "POST", enc, `{"number":129}`, 400, numbers},
-		{"a1", "POST", enc, `{"number":-1}`, 400, anyText},
-		{"a1", "POST", enc, `{"number":1.0}`, 400, anyText},
-		{"a1", "POST", enc, `{"number":1e0}`, 400, anyText},
-		{"a1", "POST", enc, `{"number":"1"}`, 400, anyText},
-		{"a1", "POST", enc, `{"number":null}`, 400, `{"message":"number: a non-negative integer of at most 18 digits is needed"}`},
-		{"a1", "POST", enc, `{"number":99999999999999999999}`, 400, anyText},
-		// query
-		{"a1", "GET", enc + "?number=1&number=2", "", 400, `{"message":"query parameter number shall be there once; for more use POST"}`},
-		{"a1", "GET", enc + "?Number=1", "", 400, anyText},
-		{"a1", "GET", enc + "?number=", "", 400, anyText},
-		{"a1", "GET", enc + "?number=%2B1", "", 400, anyText},
-		{"a1", "GET", enc + "?number=01", "", 400, anyText},
-		{"a1", "GET", enc + "?number=1;size=8", "", 400, `{"message":"query is malformed"}`},
-		{"a1", "GET", enc + "?extension_optional=x", "", 400, anyText},
-		{"a1", "GET", enc + "?foo", "", 400, anyText},
-		{"a1", "GET", keysPath + "b1/status?x=1", "", 400, anyText},
-		{"a1", "POST", enc + "?number=1", `{}`, 400, `{"message":"POST takes no query parameters"}`},
-		{"a1", "GET", enc, `{"number":1}`, 400, `{"message":"GET takes no body"}`},
-		// extensions, more slaves
-		{"a1", "POST", enc, `{"extension_mandatory":[{"abc":1},{"d\"e":{"f":[]}}]}`, 400, `{"message":"not all extension_mandatory parameters are supported","details":[{"extension_mandatory_unsupported":"abc"},{"extension_mandatory_unsupported":"d\"e"}]}`},
-		{"a1", "POST", enc, `{"extension_mandatory":[{}]}`, 400, `{"message":"not all extension_mandatory parameters are supported"}`},
-		{"a1", "POST", enc, `{"extension_mandatory":{"abc":1}}`, 400, anyText},
-		{"a1", "POST", enc, `{"extension_optional":["abc"]}`, 400, anyText},
-		{"a1", "POST", enc, `{"additional_slave_SAE_IDs":["b2"]}`, 400, `{"message":"additional_slave_SAE_IDs shall not name more than max_SAE_ID_count SAEs, which is 0"}`},
-		// bodies
-		{"a1", "POST", enc, `{"Number":1}`, 400, unknown("Number")},
-		{"a1", "POST", enc, `{"SIZE":256}`, 400, unknown("SIZE")},
-		{"a1", "POST", enc, `{"Additional_slave_SAE_IDs":[]}`, 400, unknown("Additional_slave_SAE_IDs")},
-		{"a1", "POST", enc, `{"foo":1}`, 400, unknown("foo")},
-		{"a1", "POST", enc, `{"number":1,"number":1}`, 400, `{"message":"field number is there twice"}`},
-		{"a1", "POST", enc, `{"number":1,"n\u0075mber":1}`, 400, `{"message":"field number is there twice"}`},
-		{"a1", "POST", enc, `[]`, 400, `{"message":"a JSON object is needed"}`},
-		{"a1", "POST", enc, `null`, 400, anyText},
-		{"a1", "POST", enc, `{`, 400, notJSON},
-		{"a1", "POST", enc, `{}{}`, 400, notJSON},
-		{"a1", "POST", enc, `{"number":1,}`, 400, notJSON},
-		{"a1", "POST", enc, "{\"num\xffber\":1}", 400, notJSON},
-		{"a1", "POST", enc, "\x00", 400, notJSON},
-		{"a1", "POST", enc, strings.Repeat("[", 60000), 400, notJSON},
-		{"a1", "POST", enc, strings.Repeat(" ", 64<<10) + "{}", 400, `{"message":"request body shall not exceed 65536 bytes"}`},
-		// dec_keys
-		{"a1", "POST", dec, `{"key_IDs":[{"key_ID":` + id + `}]}`, 400, notFound},
-		{"a1", "GET", dec + "?key_ID=" + strings.Trim(id, `"`), "", 400, notFound},
-		{"a1", "GET", dec, "", 400, `{"message":"key_ID shall be a UUID"}`},
-		{"a1", "GET", dec + "?key_ID=abc", "", 400, `{"message":"key_ID shall be a UUID"}`},
-		{"a1", "GET", dec + "?key_id=" + strings.Trim(id, `"`), "", 400, anyText},
-		{"a1", "GET", dec + "?key_ID=" + strings.Trim(id, `"`) + "&key_ID=" + strings.Trim(id, `"`), "", 400, anyText},
-		{"a1", "POST", dec, ``, 400, notJSON},
-		{"a1", "POST", dec, `{}`, 400, `{"message":"key_IDs shall name at least one key"}`},
-		{"a1", "POST", dec, `{"key_IDs":[]}`, 400, `{"message":"key_IDs shall name at least one key"}`},
-		{"a1", "POST", dec, `{"key_IDs":[` + id + `]}`, 400, anyText},
-		{"a1", "POST", dec, `{"key_ids":[{"key_ID":` + id + `}]}`, 400, unknown("key_ids")},
-		{"a1", "POST", dec, `{"key_IDs":[{"key_id":` + id + `}]}`, 400, unknown("key_id")},
-		{"a1", "POST", dec, `{"key_IDs":[{"key_ID":` + id + `,"key_ID":` + id + `}]}`, 400, `{"message":"field key_ID is there twice"}`},
-		{"a1", "POST", dec, `{"key_IDs":[{"key_ID":` + id + `},{"key_ID":` + id + `}]}`, 400, `{"message":"key_IDs shall not name a key twice"}`},
-		{"a1", "POST", dec, `{"key_IDs":[{}]}`, 400, `{"message":"each of key_IDs shall have a key_ID"}`},
-		{"a1", "POST", dec, `{"key_IDs":[{"key_ID":"{9f8b2d6e-1111-8abc-8def-0123456789ab}"}]}`, 400, `{"message":"key_ID shall be a UUID"}`},
-		{"a1", "POST", dec, `{"key_IDs":[{"key_ID":7}]}`, 400, `{"message":"key_ID: a JSON string is needed"}`},
-		// SAEs
-		{"a1", "GET", keysPath + "b2/enc_keys", "", 401, ""},
-		{"a1", "GET", keysPath + "nobody/enc_keys", "", 401, ""},
-		{"a1", "GET", keysPath + "nobody/status", "", 401, ""},
-		{"stranger", "GET", enc, "", 401, ""},
-		{"", "GET", enc, "", 401, ""},
-		{"b1", "GET", keysPath + "a1/enc_keys", "", 401, ""}, // the other node's SAE
-		{"a1", "GET", keysPath + "a2/enc_keys", "", 400, anyText},
-		{"a1", "GET", keysPath + strings.Repeat("x", 65) + "/status", "", 400, anyText},
-		// what is no call
-		{"a1", "GET", "/", "", 404, `{"message":"there is no such call"}`},
-		{"a1", "GET", "/api/v1/keys/b1", "", 404, anyText},
-		{"a1", "GET", "/api/v1/keys//enc_keys", "", 404, anyText},
-		{"a1", "GET", enc + "/", "", 404, anyText},
-		{"a1", "GET", enc + "/number/1/size/256", "", 404, anyText},
-		{"a1", "GET", keysPath + "b1/Enc_keys", "", 404, anyText},
-		{"a1", "GET", keysPath + "x%2Fb1/enc_keys", "", 401, ""},
-		{"a1", "PUT", enc, `{}`, 405, `{"message":"the method is not allowed for this call"}`},
-		{"a1", "DELETE", dec, "", 405, anyText},
-		{"a1", "POST", keysPath + "b1/status", `{}`, 405, anyText},
-		{"a1", "GET", keysPath + "b1/usage", "", 405, anyText},
-		{"a1", "HEAD", enc, "", 405, anyText},
-		{"a1", "OPTIONS", enc, "", 405, anyText},
-	} {
+	for _, c := range requests {
 		name := c.sae + " " + c.verb + " " + c.path + " " + c.body
-		if len(name) > 120 {
-			name = name[:120]
-		}
+		name = name[:min(len(name), 120)]
 		got := do(t, w.as(t, c.sae), c.verb, w.url[nodeA]+c.path, c.body)
 		if got.status != c.status {
 			t.Errorf("%q: %d %s, want %d", name, got.status, got.body, c.status)
@@ -255,9 +165,128 @@ func TestRefusals(t *testing.T) {
 			t.Errorf("%q: no Allow", name)
 		}
 	}
-	if w.inv.left["a"] != before {
-		t.Errorf("refused requests consumed %d keys", before-w.inv.left["a"])
+	if w.inv.left["a"] != 100 {
+		t.Errorf("refused requests consumed %d keys", 100-w.inv.left["a"])
 	}
+}
+
+// Sizes and numbers out of range, or no plain integers.
+func TestRefusedAmounts(t *testing.T) {
+	refuses(t, []refusal{
+		{"a1", "GET", enc + "?size=0", "", 400, `{"message":"size shall not be 0"}`},
+		{"a1", "GET", enc + "?size=7", "", 400, size8},
+		{"a1", "GET", enc + "?size=257", "", 400, size8},
+		{"a1", "GET", enc + "?size=4104", "", 400, sizes},
+		{"a1", "GET", enc + "?size=999999999", "", 400, size8},
+		{"a1", "GET", enc + "?number=0", "", 400, numbers},
+		{"a1", "GET", enc + "?number=129", "", 400, numbers},
+		{"a1", "POST", enc, `{"size":0}`, 400, `{"message":"size shall not be 0"}`},
+		{"a1", "POST", enc, `{"size":7}`, 400, size8},
+		{"a1", "POST", enc, `{"size":257}`, 400, size8},
+		{"a1", "POST", enc, `{"size":56}`, 400, sizes},
+		{"a1", "POST", enc, `{"size":4104}`, 400, sizes},
+		{"a1", "POST", enc, `{"number":0}`, 400, numbers},
+		{"a1", "POST", enc, `{"number":129}`, 400, numbers},
+		{"a1", "POST", enc, `{"number":-1}`, 400, anyText},
+		{"a1", "POST", enc, `{"number":1.0}`, 400, anyText},
+		{"a1", "POST", enc, `{"number":1e0}`, 400, anyText},
+		{"a1", "POST", enc, `{"number":"1"}`, 400, anyText},
+		{"a1", "POST", enc, `{"number":null}`, 400, `{"message":"number: a non-negative integer of at most 18 digits is needed"}`},
+		{"a1", "POST", enc, `{"number":99999999999999999999}`, 400, anyText},
+	})
+}
+
+// Queries, extensions, more slaves than one.
+func TestRefusedQueries(t *testing.T) {
+	refuses(t, []refusal{
+		{"a1", "GET", enc + "?number=1&number=2", "", 400, `{"message":"query parameter number shall be there once; for more use POST"}`},
+		{"a1", "GET", enc + "?Number=1", "", 400, anyText},
+		{"a1", "GET", enc + "?number=", "", 400, anyText},
+		{"a1", "GET", enc + "?number=%2B1", "", 400, anyText},
+		{"a1", "GET", enc + "?number=01", "", 400, anyText},
+		{"a1", "GET", enc + "?number=1;size=8", "", 400, `{"message":"query is malformed"}`},
+		{"a1", "GET", enc + "?extension_optional=x", "", 400, anyText},
+		{"a1", "GET", enc + "?foo", "", 400, anyText},
+		{"a1", "GET", keysPath + "b1/status?x=1", "", 400, anyText},
+		{"a1", "POST", enc + "?number=1", `{}`, 400, `{"message":"POST takes no query parameters"}`},
+		{"a1", "GET", enc, `{"number":1}`, 400, `{"message":"GET takes no body"}`},
+		{"a1", "POST", enc, `{"extension_mandatory":[{"abc":1},{"d\"e":{"f":[]}}]}`, 400, `{"message":"not all extension_mandatory parameters are supported","details":[{"extension_mandatory_unsupported":"abc"},{"extension_mandatory_unsupported":"d\"e"}]}`},
+		{"a1", "POST", enc, `{"extension_mandatory":[{}]}`, 400, `{"message":"not all extension_mandatory parameters are supported"}`},
+		{"a1", "POST", enc, `{"extension_mandatory":{"abc":1}}`, 400, anyText},
+		{"a1", "POST", enc, `{"extension_optional":["abc"]}`, 400, anyText},
+		{"a1", "POST", enc, `{"additional_slave_SAE_IDs":["b2"]}`, 400, `{"message":"additional_slave_SAE_IDs shall not name more than max_SAE_ID_count SAEs, which is 0"}`},
+	})
+}
+
+// Bodies that are no key request.
+func TestRefusedBodies(t *testing.T) {
+	refuses(t, []refusal{
+		{"a1", "POST", enc, `{"Number":1}`, 400, unknown("Number")},
+		{"a1", "POST", enc, `{"SIZE":256}`, 400, unknown("SIZE")},
+		{"a1", "POST", enc, `{"Additional_slave_SAE_IDs":[]}`, 400, unknown("Additional_slave_SAE_IDs")},
+		{"a1", "POST", enc, `{"foo":1}`, 400, unknown("foo")},
+		{"a1", "POST", enc, `{"number":1,"number":1}`, 400, `{"message":"field number is there twice"}`},
+		{"a1", "POST", enc, `{"number":1,"n\u0075mber":1}`, 400, `{"message":"field number is there twice"}`},
+		{"a1", "POST", enc, `[]`, 400, `{"message":"a JSON object is needed"}`},
+		{"a1", "POST", enc, `null`, 400, anyText},
+		{"a1", "POST", enc, `{`, 400, notJSON},
+		{"a1", "POST", enc, `{}{}`, 400, notJSON},
+		{"a1", "POST", enc, `{"number":1,}`, 400, notJSON},
+		{"a1", "POST", enc, "{\"num\xffber\":1}", 400, notJSON},
+		{"a1", "POST", enc, "\x00", 400, notJSON},
+		{"a1", "POST", enc, strings.Repeat("[", 60000), 400, notJSON},
+		{"a1", "POST", enc, strings.Repeat(" ", 64<<10) + "{}", 400, `{"message":"request body shall not exceed 65536 bytes"}`},
+	})
+}
+
+// Key IDs that are none or name no key.
+func TestRefusedKeyIDs(t *testing.T) {
+	refuses(t, []refusal{
+		{"a1", "POST", dec, `{"key_IDs":[{"key_ID":` + id + `}]}`, 400, notFound},
+		{"a1", "GET", dec + "?key_ID=" + idText, "", 400, notFound},
+		{"a1", "GET", dec, "", 400, notUUID},
+		{"a1", "GET", dec + "?key_ID=abc", "", 400, notUUID},
+		{"a1", "GET", dec + "?key_id=" + idText, "", 400, anyText},
+		{"a1", "GET", dec + "?key_ID=" + idText + "&key_ID=" + idText, "", 400, anyText},
+		{"a1", "POST", dec, ``, 400, notJSON},
+		{"a1", "POST", dec, `{}`, 400, `{"message":"key_IDs shall name at least one key"}`},
+		{"a1", "POST", dec, `{"key_IDs":[]}`, 400, `{"message":"key_IDs shall name at least one key"}`},
+		{"a1", "POST", dec, `{"key_IDs":[` + id + `]}`, 400, anyText},
+		{"a1", "POST", dec, `{"key_ids":[{"key_ID":` + id + `}]}`, 400, unknown("key_ids")},
+		{"a1", "POST", dec, `{"key_IDs":[{"key_id":` + id + `}]}`, 400, unknown("key_id")},
+		{"a1", "POST", dec, `{"key_IDs":[{"key_ID":` + id + `,"key_ID":` + id + `}]}`, 400, `{"message":"field key_ID is there twice"}`},
+		{"a1", "POST", dec, `{"key_IDs":[{"key_ID":` + id + `},{"key_ID":` + id + `}]}`, 400, `{"message":"key_IDs shall not name a key twice"}`},
+		{"a1", "POST", dec, `{"key_IDs":[{}]}`, 400, `{"message":"each of key_IDs shall have a key_ID"}`},
+		{"a1", "POST", dec, `{"key_IDs":[{"key_ID":"{9f8b2d6e-1111-8abc-8def-0123456789ab}"}]}`, 400, notUUID},
+		{"a1", "POST", dec, `{"key_IDs":[{"key_ID":7}]}`, 400, `{"message":"key_ID: a JSON string is needed"}`},
+	})
+}
+
+// SAEs without the right to a key, and what is no call of the API.
+func TestRefusedCallers(t *testing.T) {
+	refuses(t, []refusal{
+		{"a1", "GET", keysPath + "b2/enc_keys", "", 401, ""},
+		{"a1", "GET", keysPath + "nobody/enc_keys", "", 401, ""},
+		{"a1", "GET", keysPath + "nobody/status", "", 401, ""},
+		{"stranger", "GET", enc, "", 401, ""},
+		{"", "GET", enc, "", 401, ""},
+		{"b1", "GET", keysPath + "a1/enc_keys", "", 401, ""}, // the other node's SAE
+		{"a1", "GET", keysPath + "a2/enc_keys", "", 400, anyText},
+		{"a1", "GET", keysPath + strings.Repeat("x", 65) + "/status", "", 400, anyText},
+		{"a1", "GET", "/", "", 404, `{"message":"there is no such call"}`},
+		{"a1", "GET", "/api/v1/keys/b1", "", 404, anyText},
+		{"a1", "GET", "/api/v1/keys//enc_keys", "", 404, anyText},
+		{"a1", "GET", enc + "/", "", 404, anyText},
+		{"a1", "GET", enc + "/number/1/size/256", "", 404, anyText},
+		{"a1", "GET", keysPath + "b1/Enc_keys", "", 404, anyText},
+		{"a1", "GET", keysPath + "x%2Fb1/enc_keys", "", 401, ""},
+		{"a1", "PUT", enc, `{}`, 405, `{"message":"the method is not allowed for this call"}`},
+		{"a1", "DELETE", dec, "", 405, anyText},
+		{"a1", "POST", keysPath + "b1/status", `{}`, 405, anyText},
+		{"a1", "GET", keysPath + "b1/usage", "", 405, anyText},
+		{"a1", "HEAD", enc, "", 405, anyText},
+		{"a1", "OPTIONS", enc, "", 405, anyText},
+	})
 }
 
 func TestContentType(t *testing.T) {
@@ -404,11 +433,11 @@ func TestUsage(t *testing.T) {
 // Without a good certificate nothing reaches the handler.
 func TestCertificates(t *testing.T) {
 	w := newWorld(t, 10, nil)
-	foreign := newCA(t)
+	foreign := newCA(t).issue(t, "a1")
 	url := w.url[nodeA] + keysPath + "b1/enc_keys"
 	for name, cfg := range map[string]*tls.Config{
 		"none":     {RootCAs: w.ca.pool},
-		"wrong CA": {RootCAs: w.ca.pool, Certificates: []tls.Certificate{foreign.issue(t, "a1")}},
+		"wrong CA": {RootCAs: w.ca.pool, GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &foreign, nil }}, // though the server names its CA
 		"TLS 1.2":  {RootCAs: w.ca.pool, Certificates: []tls.Certificate{w.ca.issue(t, "a1")}, MaxVersion: tls.VersionTLS12},
 	} {
 		tr := &http.Transport{TLSClientConfig: cfg}
