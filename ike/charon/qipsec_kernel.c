@@ -263,7 +263,9 @@ static void put_sa(qi_call_t *call, kernel_ipsec_add_sa_t *data)
 	put_ts(call, QI_T_DST_TS, data->dst_ts);
 	put_lifetime(call, data->lifetime);
 	qi_put_u16(call, QI_T_ENCR_ALG, data->enc_alg);
-	qi_put_u16(call, QI_T_INTEG_ALG, data->int_alg);
+	/* charon's word for "none", of an AEAD, is 1024, not IANA's 0 */
+	qi_put_u16(call, QI_T_INTEG_ALG,
+			   data->int_alg == AUTH_UNDEFINED ? 0 : data->int_alg);
 	/* take() has found it, so it fits */
 	memcpy(token, data->enc_key.ptr, data->enc_key.len);
 	if (data->int_key.len)
