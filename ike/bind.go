@@ -194,7 +194,7 @@ func (b *Broker) claimResponder(ctx context.Context, cs *connState, m *plugin.Bi
 	case len(m.Confirm) == 0:
 		return nil, 0, noKey("C_i is missing, Key-ID %s is not fetched", m.KeyID)
 	case len(m.Confirm) != sad.ConfirmSize:
-		return nil, 0, fmt.Errorf("C_i has %d bytes, not %d", len(m.Confirm), sad.ConfirmSize)
+		return nil, 0, fmt.Errorf("the peer's C_i has %d bytes, not %d", len(m.Confirm), sad.ConfirmSize)
 	}
 	if err := b.markUsed(m.KeyID); err != nil {
 		return nil, 0, err

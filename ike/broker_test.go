@@ -96,7 +96,7 @@ func TestReservation(t *testing.T) {
 		made int // keys taken from the source
 	}{
 		"asked again before SENT: the same Key-ID": {func(t *testing.T, p *pair) {
-			if p.a.mustKey(1) != p.a.mustKey(1) {
+			if first := p.a.mustKey(1); p.a.mustKey(1) != first {
 				t.Error("two Key-IDs")
 			}
 		}, 1},
@@ -163,7 +163,7 @@ func TestReservation(t *testing.T) {
 			m := r.message(p.a)
 			m.SA, m.KeyID = p.a.sa(2), id
 			_, err := p.a.Sent(t.Context(), m)
-			p.a.refused(err, "Ni does not carry")
+			p.a.refused(err, "the nonce does not carry")
 		}, 2},
 		"reservation too old": {func(t *testing.T, p *pair) {
 			id := p.a.mustKey(1)

@@ -55,11 +55,11 @@ type eventSink interface {
 
 // report logs e in one line and hands it to the sink.
 func report(log *slog.Logger, sink eventSink, e Event) {
-	level := slog.LevelInfo
+	write := log.Info
 	if e.Severity != Run {
-		level = slog.LevelWarn
+		write = log.Warn
 	}
-	log.Log(nil, level, e.Text, "event", e.Code, "severity", e.Severity.String(), "connection", e.Connection) //nolint:staticcheck // no context needed
+	write(e.Text, "event", e.Code, "severity", e.Severity.String(), "connection", e.Connection)
 	if sink != nil {
 		sink.Event(e)
 	}

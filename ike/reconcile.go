@@ -103,7 +103,7 @@ func (m *Manager) look(ctx context.Context, l *link) error {
 			}
 		}
 	}
-	m.o.Broker.prune(states, m.o.Broker.now().Add(began.Sub(time.Now())-time.Second))
+	m.o.Broker.prune(states, m.o.Broker.now().Add(-time.Since(began)-time.Second))
 	m.update(ikes, states, began)
 	return m.start(ctx, l)
 }

@@ -189,7 +189,7 @@ func (b *Broker) spend(cs *connState, m plugin.Sent) ([32]byte, error) {
 		b.drop(p)
 		return [32]byte{}, fmt.Errorf("the reservation of Key-ID %s has expired", m.KeyID)
 	case !ok || id != m.KeyID:
-		return [32]byte{}, fmt.Errorf("Ni does not carry Key-ID %s", m.KeyID)
+		return [32]byte{}, fmt.Errorf("the nonce does not carry Key-ID %s", m.KeyID)
 	}
 	ci, err := sad.ConfirmI(p.material, p.id, m.SPIi, m.SPIr, m.Ni, sad.Identity(m.Initiator), uint8(m.Exchange))
 	if err != nil {
