@@ -15,6 +15,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/q-ipsec/q-ipsec/kms/etsi014"
+	"github.com/q-ipsec/q-ipsec/kms/pki"
 )
 
 // bin is where TestMain puts the real programs.
@@ -45,6 +48,14 @@ type lab struct {
 	t   *testing.T
 	dir string
 	ip  [2]string
+	// inside are words before every command, to run it in a network namespace.
+	inside []string
+}
+
+// command is a program of ours, run inside.
+func (l *lab) command(ctx context.Context, name string, args ...string) *exec.Cmd {
+	words := append(append(append([]string{}, l.inside...), filepath.Join(bin, name)), args...)
+	return exec.CommandContext(ctx, words[0], words[1:]...)
 }
 
 // newLab writes the lab. The addresses are drawn from the process id, so that
@@ -67,7 +78,7 @@ func (l *lab) run(args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(l.t.Context(), bound)
 	defer cancel()
 	var out, errs bytes.Buffer
-	c := exec.CommandContext(ctx, filepath.Join(bin, "qipsec"), args...)
+	c := l.command(ctx, "qipsec", args...)
 	c.Stdout, c.Stderr = &out, &errs
 	if err := c.Run(); err != nil {
 		return out.String(), fmt.Errorf("qipsec %q: %w: %s", args, err, &errs)
@@ -194,7 +205,7 @@ func (l *lab) start(node string) *daemon {
 		l.t.Fatal(err)
 	}
 	defer c.Close() //nolint:errcheck // the test's own
-	d := &daemon{l: l, cmd: exec.Command(filepath.Join(bin, "qipsecd"), "-config", l.config(node)), done: make(chan struct{})}
+	d := &daemon{l: l, cmd: l.command(context.Background(), "qipsecd", "-config", l.config(node)), done: make(chan struct{})}
 	d.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+name)
 	d.cmd.Stdout, d.cmd.Stderr = &d.log, &d.log
 	if err := d.cmd.Start(); err != nil {
@@ -429,5 +440,109 @@ func TestFlags(t *testing.T) {
 				t.Errorf("%s: no %q in %s", c.args, w, out)
 			}
 		}
+	}
+}
+
+// The [ipsec] role on a kernel of its own, without a charon: it serves, says why
+// no tunnel is up, and its guard outlives it.
+func TestIPsecRoleWithoutCharon(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root for a network namespace")
+	}
+	holder := exec.Command("sleep", "300")
+	holder.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	if err := holder.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = holder.Process.Kill(); _ = holder.Wait() }()
+	l := newLab(t, 5)
+	l.inside = []string{"nsenter", "--net=/proc/" + fmt.Sprint(holder.Process.Pid) + "/ns/net", "--"}
+	if out, err := exec.Command("nsenter", l.inside[1], "--", "ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	l.must("init", "--pair", "a", "b", "--here", "--force", "--out", l.dir, "--address", l.ip[0]+","+l.ip[1])
+	c := l.config("a")
+	text, err := os.ReadFile(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text = bytes.Replace(text, []byte("[ipsec]\n"), []byte("[ipsec]\nvici = \"run/no.vici\"\n"), 1)
+	if err := os.WriteFile(c, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := l.run("guard", "status", "--config", c); err == nil {
+		t.Errorf("a guard before the start: %s", out)
+	}
+	d := l.start("a")
+	l.must("guard", "status", "--config", c)
+	l.await("the reason", func() error {
+		out, err := l.run("explain", "a-b", "--config", c)
+		if err == nil {
+			return fmt.Errorf("up without charon: %s", out)
+		}
+		for _, w := range []string{"no-charon", "no.vici", "has not agreed", "0 keys"} {
+			if !strings.Contains(out, w) {
+				return fmt.Errorf("no %q in %s", w, out)
+			}
+		}
+		return nil
+	})
+	if out := l.must("tunnels", "--config", c); !strings.Contains(out, "required") {
+		t.Errorf("tunnels: %s", out)
+	}
+	if out, err := l.run("tunnels", "initiate", "a-b", "--config", c); err == nil {
+		t.Errorf("initiated without charon: %s", out)
+	}
+	if out, err := l.run("explain", "nobody", "--config", c); err == nil || !strings.Contains(err.Error(), "not found") {
+		t.Errorf("explain nobody: %s %v", out, err)
+	}
+	if err := d.end(syscall.SIGTERM); err != nil {
+		t.Error(err)
+	}
+	l.must("guard", "status", "--config", c)
+	l.must("guard", "remove")
+	if out, err := l.run("guard", "status", "--config", c); err == nil {
+		t.Errorf("a guard after its removal: %s", out)
+	}
+}
+
+// A KME of another maker, which our own plays, as source of IPsec's keys.
+func TestKeysOfAVendorKME(t *testing.T) {
+	l := newLab(t, 6)
+	l.start("a")
+	l.start("b")
+	l.feed(1, 100)
+	l.supplies("a", 1)
+	l.supplies("b", 1)
+	at := func(node string, i int) vendorKME {
+		p := filepath.Join(l.dir, node, "pki")
+		tls, err := pki.KMEClient(pki.Files{CA: p + "/sae-ca.crt", Cert: p + "/saes/" + node + "-te.crt", Key: p + "/saes/" + node + "-te.key"}, false, quiet())
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := etsi014.NewClient(etsi014.ClientConfig{URL: "https://" + l.ip[i] + ":8442", TLS: tls})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(c.Close)
+		return vendorKME{c}
+	}
+	a, b := at("a", 0), at("b", 1)
+	k, err := a.GetKey(t.Context(), "a-te", "b-te")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Material.Wipe()
+	same, err := b.GetKeyWithID(t.Context(), "b-te", "a-te", k.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer same.Material.Wipe()
+	if k.Material.Len() != ipsecKeyBits/8 || !k.Material.Equal(same.Material) || k.ID != same.ID {
+		t.Errorf("%d bytes, fingerprints %s %s", k.Material.Len(), k.Material.Fingerprint(), same.Material.Fingerprint())
+	}
+	if again, err := b.GetKeyWithID(t.Context(), "b-te", "a-te", k.ID); err == nil {
+		again.Material.Wipe()
+		t.Error("a key came twice")
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -41,7 +42,11 @@ func buildIPsec(ctx context.Context, n *conf.Node, s *stages, k *kms, r *recorde
 			return nil, err
 		}
 	}
-	entries, err := sad.Open(kernel, filepath.Join(filepath.Dir(n.IPsec.Plugin), "sad.journal"), log.With("part", "sad"))
+	run := filepath.Dir(n.IPsec.Plugin)
+	if err := os.MkdirAll(run, 0o700); err != nil {
+		return nil, err
+	}
+	entries, err := sad.Open(kernel, filepath.Join(run, "sad.journal"), log.With("part", "sad"))
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,111 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/google/uuid"
+
+	"github.com/q-ipsec/q-ipsec/ike"
+	"github.com/q-ipsec/q-ipsec/kms/key"
+	"github.com/q-ipsec/q-ipsec/kms/ksa"
+	"github.com/q-ipsec/q-ipsec/kms/operator"
+	"github.com/q-ipsec/q-ipsec/kms/store"
+)
+
+// fakeJournal keeps what is written.
+type fakeJournal struct {
+	mu     sync.Mutex
+	rows   []store.Event
+	events []store.LogEvent
+	err    error
+}
+
+func (f *fakeJournal) Record(_ context.Context, e []store.Event) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.err == nil {
+		f.rows = append(f.rows, e...)
+	}
+	return f.err
+}
+
+func (f *fakeJournal) AppendEvent(_ context.Context, e store.LogEvent) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.err == nil {
+		f.events = append(f.events, e)
+	}
+	return f.err
+}
+
+func TestRecorderWritesAllBeforeItEnds(t *testing.T) {
+	var log strings.Builder
+	f := &fakeJournal{}
+	r := newRecorder(slog.New(slog.NewTextHandler(&log, nil)))
+	r.store = f
+	pool, id := uuid.New(), key.ID(uuid.New())
+	for _, kind := range []ksa.EventKind{ksa.Supplied, ksa.Fetched, ksa.Stranded} {
+		r.supply(ksa.Event{Kind: kind, Peer: "b", MasterSAE: "m", SlaveSAE: "s", Pool: pool, Position: key.At(1, 2), KeyID: id, Why: "expired"})
+	}
+	for range batchSize { // more than one transaction
+		r.supply(ksa.Event{Kind: ksa.Supplied, Pool: pool})
+	}
+	r.supply(ksa.Event{Kind: ksa.Refused, Peer: "b", Why: "not its own"})
+	r.source("kma").Event("LOW", "alarm", "few keys", slog.String("peer", "b"), slog.Int("keys", 3))
+	ikeEvents{r}.Event(ike.Event{Severity: ike.Run, Code: ike.EventUp, Connection: "a-b", Text: "up"})
+
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel() // what is queued is written nevertheless
+	if err := r.run(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if len(f.rows) != 3+batchSize {
+		t.Fatalf("%d rows", len(f.rows))
+	}
+	for i, want := range []struct {
+		side  store.Side
+		state key.State
+	}{{store.Own, key.Supplied}, {store.Peer, key.Supplied}, {store.Peer, key.Stranded}} {
+		if e := f.rows[i]; e.Side != want.side || e.State != want.state || e.ID != id || e.Pool != pool || e.First != key.At(1, 2) || e.Count != 1 || !strings.HasPrefix(e.Detail, "m to s") {
+			t.Errorf("row %d: %+v", i, e)
+		}
+	}
+	if len(f.events) != 3 || f.events[0].Code != "KSA_REFUSED" || f.events[1].Text != "b: few keys, keys 3" || f.events[2].Severity != store.SeverityRun {
+		t.Errorf("events: %+v", f.events)
+	}
+	latest := r.ring.Latest(10, about("a-b"))
+	if len(latest) != 1 || latest[0].Code != ike.EventUp {
+		t.Errorf("ring: %+v", latest)
+	}
+	if alarms := r.ring.Latest(10, func(e operator.Event) bool { return e.Severity == "alarm" }); len(alarms) != 2 || alarms[0].Peer != "b" {
+		t.Errorf("alarms: %+v", alarms)
+	}
+	if got := log.String(); strings.Count(got, "few keys") != 1 || !strings.Contains(got, "level=WARN") || strings.Contains(got, "up") {
+		t.Errorf("log: %s", got)
+	}
+}
+
+func TestRecorderNeverBlocksAndTellsOfGaps(t *testing.T) {
+	var log strings.Builder
+	f := &fakeJournal{}
+	r := newRecorder(slog.New(slog.NewTextHandler(&log, nil)))
+	r.store = f
+	for range queueSize + 5 {
+		r.supply(ksa.Event{Kind: ksa.Supplied})
+	}
+	r.flush(t.Context())
+	if len(f.rows) != queueSize || !strings.Contains(log.String(), "rows=5") {
+		t.Errorf("%d rows written, log: %s", len(f.rows), &log)
+	}
+	f.err = errors.New("the disk is full")
+	r.supply(ksa.Event{Kind: ksa.Supplied})
+	r.flush(t.Context())
+	if !strings.Contains(log.String(), "the disk is full") {
+		t.Errorf("log: %s", &log)
+	}
+}
