@@ -46,7 +46,7 @@ type timing struct {
 var defaultTiming = timing{
 	helloGrace: 10 * time.Second,
 	redialMin:  500 * time.Millisecond, redialMax: 10 * time.Second,
-	retryMin: 2 * time.Second, retryMax: time.Minute,
+	retryMin: 2 * time.Second, retryMax: 15 * time.Second, // the Broker's back-off spares the keys
 	debounce: 50 * time.Millisecond, tick: time.Second,
 }
 
@@ -76,9 +76,13 @@ type link struct {
 	loaded  map[string]bool   // connections
 	faults  map[string]string // why a connection is not loaded
 	keys    map[string]string // ids of private keys by path
-	next    map[string]retry  // initiations by connection and child
+	next    map[childName]retry
 }
 
+// childName names a child of a connection.
+type childName struct{ conn, child string }
+
+// retry is when a child is initiated next, and how often it was in vain.
 type retry struct {
 	at  time.Time
 	try int
@@ -172,7 +176,7 @@ func (m *Manager) session(ctx context.Context) error {
 	defer client.Close()
 	l := &link{
 		client: client, grace: time.Now().Add(m.t.helloGrace),
-		loaded: map[string]bool{}, faults: map[string]string{}, keys: map[string]string{}, next: map[string]retry{},
+		loaded: map[string]bool{}, faults: map[string]string{}, keys: map[string]string{}, next: map[childName]retry{},
 	}
 	if l.version, err = client.Version(ctx); err != nil {
 		return err
@@ -221,6 +225,7 @@ func (m *Manager) serve(ctx context.Context, l *link) error {
 		case <-m.o.Broker.changed:
 			m.mu.Lock()
 			l.grace = time.Now().Add(m.t.helloGrace)
+			clear(l.next)
 			m.mu.Unlock()
 			err = m.settle(ctx, l)
 		case id := <-m.o.Broker.rekeys:
@@ -230,8 +235,9 @@ func (m *Manager) serve(ctx context.Context, l *link) error {
 		case <-look.C:
 			err = m.look(ctx, l)
 		case <-tick.C:
-			if err = m.settle(ctx, l); err == nil {
-				err = m.start(ctx, l)
+			if err = m.settle(ctx, l); err == nil && len(m.due(l, time.Now())) > 0 {
+				// With a fresh view: charon tells nobody that it is connecting.
+				err = m.look(ctx, l)
 			}
 		case <-reconcile.C:
 			if err = m.reconcile(ctx, l); err == nil {
@@ -347,50 +353,52 @@ func (m *Manager) config(name string) *Connection {
 	return nil
 }
 
-// start initiates what shall be up and is not, each with its own back-off.
-func (m *Manager) start(ctx context.Context, l *link) error {
-	now := time.Now()
-	for _, c := range m.o.Connections {
-		for _, ch := range c.Children {
-			if ch.Start != StartNow || !m.due(l, c.Name, ch.Name, now) {
-				continue
-			}
-			m.log.Info("tunnel command", "connection", c.Name, "child", ch.Name, "peer", joinAddrs(c.RemoteAddrs))
-			if err := l.client.Initiate(ctx, c.Name, ch.Name, 0); err != nil {
-				m.log.Warn("charon refuses to initiate", "connection", c.Name, "child", ch.Name, "cause", err)
-			}
+// start initiates what is due, each child with its own back-off.
+func (m *Manager) start(ctx context.Context, l *link) {
+	for _, w := range m.due(l, time.Now()) {
+		m.log.Info("tunnel command", "connection", w.conn, "child", w.child, "peer", joinAddrs(m.config(w.conn).RemoteAddrs))
+		if err := l.client.Initiate(ctx, w.conn, w.child, 0); err != nil {
+			m.log.Warn("charon refuses to initiate", "connection", w.conn, "child", w.child, "cause", err)
 		}
+		r := l.next[w]
+		wait := min(m.t.retryMin<<min(r.try, 10), m.t.retryMax)
+		l.next[w] = retry{at: time.Now().Add(wait/2 + rand.N(wait/2+1)), try: r.try + 1}
 	}
-	return nil
 }
 
-// due says whether a child is to be initiated now, and if so plans the next try.
-func (m *Manager) due(l *link, conn, child string, now time.Time) bool {
+// due gives the children that shall be up, are not by the last view, and whose
+// next try has come.
+func (m *Manager) due(l *link, now time.Time) []childName {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	v := m.view[conn]
-	k := conn + "/" + child
-	if !l.loaded[conn] || m.held[conn] || m.at.IsZero() {
-		return false
-	}
-	for _, c := range v.children {
-		if c.Name == child && c.Up() {
-			delete(l.next, k)
-			return false
+	var out []childName
+	for _, c := range m.o.Connections {
+		if !l.loaded[c.Name] || m.held[c.Name] || m.at.IsZero() {
+			continue
+		}
+		for _, ch := range c.Children {
+			w := childName{c.Name, ch.Name}
+			switch {
+			case ch.Start != StartNow:
+			case m.view[c.Name].has(ch.Name):
+				delete(l.next, w)
+			case m.view[c.Name].connecting():
+			case !now.Before(l.next[w].at):
+				out = append(out, w)
+			}
 		}
 	}
-	for _, i := range v.ikes {
-		if i.State == "CONNECTING" || i.State == "CREATED" {
-			return false // charon is at it
-		}
-	}
-	r := l.next[k]
-	if now.Before(r.at) {
-		return false
-	}
-	wait := min(m.t.retryMin<<min(r.try, 10), m.t.retryMax)
-	l.next[k] = retry{at: now.Add(wait/2 + rand.N(wait/2+1)), try: r.try + 1}
-	return true
+	return out
+}
+
+// has reports whether a child of that name is up.
+func (v *connView) has(child string) bool {
+	return slices.ContainsFunc(v.children, func(c childView) bool { return c.Name == child && c.Up() })
+}
+
+// connecting reports whether charon is setting the IKE_SA up.
+func (v *connView) connecting() bool {
+	return slices.ContainsFunc(v.ikes, func(i vici.IKESA) bool { return i.State == "CONNECTING" || i.State == "CREATED" })
 }
 
 // stop takes our connections and their SAs out of charon.

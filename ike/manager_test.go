@@ -413,6 +413,10 @@ func TestManagerRestart(t *testing.T) {
 		t.Error(err)
 	}
 	eventually(t, "up on command", s.is("link", StateUp))
+	n = len(s.charon.Calls("initiate"))
+	if err := s.Initiate(t.Context(), "link"); err != nil || len(s.charon.Calls("initiate")) != n {
+		t.Errorf("initiated again what is up: %v", err)
+	}
 	for _, err := range []error{s.Initiate(t.Context(), "x"), s.Rekey(t.Context(), "x"), s.Terminate(t.Context(), "x")} {
 		if err == nil || !strings.Contains(err.Error(), ErrUnknownConnection.Error()) {
 			t.Errorf("%v", err)

@@ -105,7 +105,8 @@ func (m *Manager) look(ctx context.Context, l *link) error {
 	}
 	m.o.Broker.prune(states, m.o.Broker.now().Add(-time.Since(began)-time.Second))
 	m.update(ikes, states, began)
-	return m.start(ctx, l)
+	m.start(ctx, l)
+	return nil
 }
 
 // both lists charon's SAs, then ours in the SAD.

@@ -274,15 +274,29 @@ func waitOf(ctx context.Context) time.Duration {
 	return commandWait
 }
 
-// Initiate brings all children of a connection up and waits for the result.
+// Initiate brings those children of a connection up that are not, and waits for
+// the result.
 func (m *Manager) Initiate(ctx context.Context, name string) error {
 	l, c, err := m.ready(name)
 	if err != nil {
 		return err
 	}
+	ikes, err := l.client.SAs(ctx)
+	if err != nil {
+		return err
+	}
+	up := map[string]bool{}
+	for _, ike := range ikes {
+		for _, ch := range ike.Children {
+			up[ch.Name] = up[ch.Name] || ike.Conn == name && ch.Up()
+		}
+	}
 	m.hold(name, false)
 	var errs []error
 	for _, ch := range c.Children {
+		if up[ch.Name] {
+			continue
+		}
 		m.log.Info("tunnel command", "connection", name, "child", ch.Name, "peer", joinAddrs(c.RemoteAddrs))
 		if err := l.client.Initiate(ctx, name, ch.Name, waitOf(ctx)); err != nil {
 			n := m.o.Broker.note(name)
