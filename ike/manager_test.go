@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/q-ipsec/q-ipsec/ike/plugin"
+	"github.com/q-ipsec/q-ipsec/ike/vici"
 	"github.com/q-ipsec/q-ipsec/ike/vici/vicitest"
 	"github.com/q-ipsec/q-ipsec/kms/key"
 	"github.com/q-ipsec/q-ipsec/sad"
@@ -529,5 +530,46 @@ func TestNewManager(t *testing.T) {
 	}
 	if s := Run.String() + Fault.String() + Alarm.String(); s != "runfaultalarm" {
 		t.Error(s)
+	}
+}
+
+// The installed charon loads a connection without the plugin's business, tries
+// to reach the peer, and has nothing left after the stop; the required one waits.
+func TestManagerRealCharon(t *testing.T) {
+	socket := vicitest.Real(t)
+	s := newSite(t, func(s *site, c []Connection) []Connection {
+		cert, priv := vicitest.Credentials(t, "a.example")
+		for path, data := range map[string][]byte{c[0].LocalCert: cert, c[0].RemoteCA: cert, c[0].LocalKey: priv} {
+			if err := os.WriteFile(path, data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		off, trap := c[0], c[0]
+		off.Name, off.Policy = "off", Off
+		trap.Name, trap.Policy, trap.Unique = "trap", Optional, "replace"
+		trap.Children = []Child{{Name: "net", Start: StartTrap}, {Name: "host", Transport: true}}
+		return append(c, off, trap)
+	})
+	s.Manager.o.VICI = socket
+	s.hello("5.9.8")
+	s.run()
+	eventually(t, "connecting", s.is("off", StateConnecting))
+	eventually(t, "the other one loaded", s.is("trap", StateDown))
+	if st := s.state("link"); st.State != StateBlocked || !strings.Contains(st.Cause, "has not loaded the qipsec plugin") {
+		t.Errorf("%+v", st)
+	}
+	s.stop()
+	c, err := vici.Dial(t.Context(), vici.Options{Socket: socket, Log: discard()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	conns, err := c.Conns(t.Context())
+	sas, err2 := c.SAs(t.Context())
+	if err != nil || err2 != nil || len(conns)+len(sas) != 0 {
+		t.Errorf("left in charon: %v, %+v, %v, %v", conns, sas, err, err2)
+	}
+	if n := s.events.count(EventLoadFailed); n != 0 {
+		t.Errorf("%d connections not loaded:\n%s", n, s.log)
 	}
 }

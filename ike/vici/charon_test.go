@@ -2,105 +2,23 @@ package vici
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
-	"fmt"
 	"log/slog"
-	"math/big"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
+
+	"github.com/q-ipsec/q-ipsec/ike/vici/vicitest"
 )
-
-// charon starts the installed charon-systemd in a network namespace of its own,
-// with a config of its own, and gives the path of its VICI socket.
-func charon(t *testing.T) string {
-	t.Helper()
-	binary := "/usr/sbin/charon-systemd"
-	if _, err := os.Stat(binary); err != nil {
-		t.Skipf("skipped: %v (package charon-systemd)", err)
-	}
-	if os.Geteuid() != 0 {
-		t.Skip("skipped: starting charon in a network namespace takes root")
-	}
-	dir := t.TempDir()
-	conf := filepath.Join(dir, "strongswan.conf")
-	text := fmt.Sprintf(`charon-systemd {
-  load = random nonce aes sha1 sha2 hmac kdf gcm openssl pem pkcs1 pkcs8 x509 pubkey constraints kernel-netlink socket-default vici
-  journal { default = -1 }
-  plugins { vici { socket = unix://%s/vici } }
-}
-`, dir)
-	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(binary)
-	cmd.Env = []string{"STRONGSWAN_CONF=" + conf, "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
-	var out strings.Builder
-	cmd.Stdout, cmd.Stderr = &out, &out
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		t.Skipf("skipped: no network namespace here: %v", err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM)
-		gone := time.AfterFunc(10*time.Second, func() { _ = cmd.Process.Kill() })
-		_ = cmd.Wait() // charon's way to end does not matter here
-		gone.Stop()
-		if t.Failed() {
-			t.Log(out.String())
-		}
-	})
-	return filepath.Join(dir, "vici")
-}
-
-// credentials makes a certificate for name, signed by itself, and its key.
-func credentials(t *testing.T, name string) (cert, priv []byte) {
-	t.Helper()
-	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, c, k.Public(), k)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p8, err := x509.MarshalPKCS8PrivateKey(k)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
-		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: p8})
-}
 
 // The installed charon takes every field of every message.
 func TestRealCharon(t *testing.T) {
-	socket := charon(t)
+	socket := vicitest.Real(t)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	var c *Client
-	for {
-		var err error
-		if c, err = Dial(ctx, Options{Socket: socket, Log: slog.New(slog.DiscardHandler)}); err == nil {
-			break
-		}
-		if ctx.Err() != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(20 * time.Millisecond)
+	c, err := Dial(ctx, Options{Socket: socket, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
 	}
 	defer c.Close()
 	if v, err := c.Version(ctx); err != nil || !strings.Contains(v, ".") {
@@ -109,7 +27,7 @@ func TestRealCharon(t *testing.T) {
 	if p, err := c.Plugins(ctx); err != nil || !slices.Contains(p, "vici") {
 		t.Errorf("plugins %v, %v", p, err)
 	}
-	cert, priv := credentials(t, "a.example")
+	cert, priv := vicitest.Credentials(t, "a.example")
 	id, err := c.LoadKey(ctx, priv)
 	if err != nil || len(id) != 40 {
 		t.Errorf("key %q, %v", id, err)
