@@ -86,11 +86,29 @@ func TestExamplesParse(t *testing.T) {
 
 func TestUsageIsExit2(t *testing.T) {
 	for _, args := range [][]string{
-		{}, {"nonsense"}, {"sae"}, {"status", "x"}, {"status", "--nonsense"}, {"keys", "not-a-uuid"}, {"explain"},
-		{"init", "--pair", "a"}, {"init", "a", "b"}, {"init", "--pair", "A", "B"}, {"init", "--pair", "a", "a"}, {"init", "--pair", "a", "ca"},
-		{"init", "--pair", "a", "b", "--address", "192.0.2.1"}, {"init", "--pair", "a", "b", "--subnet", "10.0.0.0/8,x"},
-		{"pki", "issue", "sae"}, {"pki", "issue", "king", "x"}, {"pki", "show"}, {"history", "--pool", "x"},
-		{"keyfile", "make"}, {"sae", "get-key"}, {"sae", "get-key-with-id", "--url", "https://x"}, {"guard", "remove", "now"}, {"version", "x"},
+		{},
+		{"nonsense"},
+		{"sae"},
+		{"status", "x"},
+		{"status", "--nonsense"},
+		{"keys", "not-a-uuid"},
+		{"explain"},
+		{"init", "--pair", "a"},
+		{"init", "a", "b"},
+		{"init", "--pair", "A", "B"},
+		{"init", "--pair", "a", "a"},
+		{"init", "--pair", "a", "ca"},
+		{"init", "--pair", "a", "b", "--address", "192.0.2.1"},
+		{"init", "--pair", "a", "b", "--subnet", "10.0.0.0/8,x"},
+		{"pki", "issue", "sae"},
+		{"pki", "issue", "king", "x"},
+		{"pki", "show"},
+		{"history", "--pool", "x"},
+		{"keyfile", "make"},
+		{"sae", "get-key"},
+		{"sae", "get-key-with-id", "--url", "https://x"},
+		{"guard", "remove", "now"},
+		{"version", "x"},
 	} {
 		if code, out, errs := qipsec(t, args...); code != exitUsage || out != "" || errs == "" {
 			t.Errorf("%q: exit %d, out %q, err %q", args, code, out, errs)

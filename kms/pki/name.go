@@ -95,11 +95,11 @@ func named(c *x509.Certificate, prefix string, check func(string) error) (string
 		}
 	}
 	if len(ours) != 1 {
-		return "", fmt.Errorf("pki: %w: subject %q has %d SAN URIs of the form %s..., want exactly one", ErrNoIdentity, c.Subject, len(ours), anyPrefix)
+		return "", fmt.Errorf("pki: %w: subject %q has %d SAN URIs that begin with %s, want exactly one", ErrNoIdentity, c.Subject, len(ours), anyPrefix)
 	}
 	name, ok := strings.CutPrefix(ours[0], prefix)
 	if !ok {
-		return "", fmt.Errorf("pki: %w: SAN URI %q, want %s...", ErrNoIdentity, ours[0], prefix)
+		return "", fmt.Errorf("pki: %w: SAN URI %q does not begin with %s", ErrNoIdentity, ours[0], prefix)
 	}
 	if err := check(name); err != nil {
 		return "", fmt.Errorf("pki: %w: SAN URI %q: %w", ErrNoIdentity, ours[0], err)
