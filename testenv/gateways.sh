@@ -28,6 +28,7 @@
 #   capture_stop NAME
 #   xfrm_redacted N                state and policy of N, keys as fingerprints
 #   collect N                      logs and states to $TESTENV_OUT/N
+#   gw_stay                        waits for $TESTENV_OUT/stop to appear, or SIGTERM
 #   await SECONDS CMD...           until CMD succeeds, polled; fails when time is up
 #   fail TEXT...                   ends the scenario, status 1
 
@@ -102,6 +103,7 @@ gw_node() {
             : >/run/ready
             exec sleep infinity' node "$GW/$n" >"$GW/$n/log/node.log" 2>&1 &
     node_pid[$n]=$!
+    echo "$!" >"$GW/$n/pid" # for testenv/shell
     await 20 test -e "$GW/$n/run/ready" || { cat "$GW/$n/log/node.log" >&2; return 1; }
 }
 
@@ -303,13 +305,33 @@ collect() {
     return 0
 }
 
+# gw_stay: for those who attach. $TESTENV_OUT/ready says that they may.
+gw_stay() {
+    rm -f "$TESTENV_OUT/stop"
+    : >"$TESTENV_OUT/ready"
+    until [ -e "$TESTENV_OUT/stop" ]; do sleep 0.5; done
+    rm -f "$TESTENV_OUT/stop" "$TESTENV_OUT/ready"
+}
+
+# gw_shell: for TESTENV_SHELL=1, the terminal of testenv/run.
+gw_shell() {
+    : >/dev/shm/testenv.shell
+    if [ "$TESTENV_KIND" = uml ]; then
+        stty -F /dev/tty1 sane
+        setsid -c -w "$TESTENV_REPO/testenv/shell" <>/dev/tty1 >&0 2>&0
+        stty -F /dev/tty1 raw -echo
+    else
+        "$TESTENV_REPO/testenv/shell"
+    fi
+}
+
 # gw_down: runs at every exit and keeps its status.
 gw_down() {
     local rc=$? key n
     trap '' TERM INT
     trap - EXIT
     if [ "${TESTENV_SHELL:-}" = 1 ]; then
-        note "status so far: $rc. The nodes are up: node a ip xfrm state; exit ends it."
+        note "status so far: $rc. The nodes are up. testenv/shell a enters one; exit ends all."
         gw_shell
     fi
     for n in a b; do [ -z "${node_pid[$n]:-}" ] || collect "$n"; done
