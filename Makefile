@@ -19,7 +19,7 @@ plugin: ## charon's qipsec plugin, into bin/
 demo: ## the main job: two gateways, one tunnel keyed by QKD keys, every step observed
 	@scripts/deps.sh build tunnel
 	@$(MAKE) --no-print-directory build plugin
-	@testenv/run testenv/demo.sh
+	@TESTENV_OUT=out/demo testenv/run testenv/demo.sh
 
 demo-stage1: build ## the paper's stage 1, seven steps, no IPsec, no root
 	@scripts/demo-stage1.sh

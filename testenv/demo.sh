@@ -63,8 +63,10 @@ keys_arrive() {
 
 tunnel_starts() {
     local n id
-    for n in a b; do
+    # b first: its answers to a peer that it does not know yet would cost a round
+    for n in b a; do
         charon_start "$n" "$PLUGIN" || fail "charon of $n does not start"
+        await 30 logged "$n" 'msg="connection loaded"' || fail "qipsecd of $n loads no connection into charon"
     done
     await 90 tunnel_up || fail "no tunnel"
     for step in 'GetKey sent' 'key received' 'Key-ID in nonce' 'SA installed' 'session established'; do

@@ -28,9 +28,10 @@ check() {
 }
 
 qipsec() {
-    local n=$1
+    local n=$1 words=1
     shift
-    node "$n" "$BIN/qipsec" "$@"
+    [ "$1" != tunnels ] || [ $# = 1 ] || words=2
+    node "$n" "$BIN/qipsec" "${@:1:words}" --config /run/etc/qipsecd.toml "${@:words + 1}"
 }
 
 field() { sed -n "s/^$2 = \"\(.*\)\"$/\1/p" "$1" | head -1; }
@@ -43,7 +44,7 @@ site_up() {
         cp -a "$GW/site/$n" "$GW/$n/run/etc" || return
         # The host's /var is read-only here; everything else is as init wrote it.
         sed -i "s#^\[node\]#[node]\nstate_dir = \"/run/state\"#; s#^policy = .*#policy = \"${1:-required}\"#" "$GW/$n/run/etc/qipsecd.toml"
-        mkdir -m 0700 -p "$GW/$n/run/state"
+        mkdir -m 0700 -p "$GW/$n/run/state" "$GW/$n/run/q-ipsec"
     done
 }
 
