@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -345,12 +346,13 @@ func (b *Broker) admit(sa plugin.SA, name string) (*connState, error) {
 // refusal is what a caller gets: one log line, the cause in the connection's
 // status, and an event. b.mu is not held.
 func (b *Broker) refusal(step, name string, cause error) error {
+	text := strings.ReplaceAll(cause.Error(), "\n", "; ") // REFUSE carries one line
 	b.mu.Lock()
 	if cs := b.conns[name]; cs != nil {
-		cs.cause, cs.causeAt = step+": "+cause.Error(), b.now()
+		cs.cause, cs.causeAt = step+": "+text, b.now()
 	}
 	b.mu.Unlock()
-	err := fmt.Errorf("connection %q: %s refused: %w", name, step, cause)
+	err := fmt.Errorf("connection %q: %s refused: %s", name, step, text)
 	report(b.log, b.events, Event{Severity: Fault, Code: EventRefused, Connection: name, Text: err.Error()})
 	return err
 }

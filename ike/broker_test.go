@@ -382,9 +382,9 @@ func TestGetKeyRefusals(t *testing.T) {
 	}
 
 	p = newPair(t, nil)
-	p.kms.err = &key.Unavailable{Err: errors.New("pool is empty")}
+	p.kms.err = &key.Unavailable{Err: errors.Join(errors.New("pool is empty"), errors.New("peer is away"))}
 	_, err = p.a.getKey(1)
-	p.a.refused(err, "pool is empty")
+	p.a.refused(err, "pool is empty; peer is away")
 
 	p = newPair(t, nil)
 	p.kms.block = true
