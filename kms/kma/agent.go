@@ -85,6 +85,7 @@ func defaults(o *Options) {
 	set(&o.TakeWait, 300*time.Millisecond)
 	set(&o.RetryMin, 100*time.Millisecond)
 	set(&o.RetryMax, 5*time.Second)
+	set(&o.SilentAfter, 5*time.Second)
 	set(&o.ValidateEvery, time.Second)
 	set(&o.NoticeLife, 2*time.Hour)
 	set(&o.RatchetInterval, 10*time.Minute)

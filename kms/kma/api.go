@@ -77,6 +77,7 @@ type Options struct {
 	TakeWait        time.Duration // how long Take waits for a lease that is due; default 300 ms; negative: not at all
 	RetryMin        time.Duration // first pause after a failed call; default 100 ms
 	RetryMax        time.Duration // longest pause; default 5 s
+	SilentAfter     time.Duration // failures in a row for that long are reported; default 5 s
 	ValidateEvery   time.Duration // how often the master asks again for what the slave lacks; default 1 s
 	NoticeLife      time.Duration // longer than any supply notice lives; default 2 h
 	RatchetInterval time.Duration // default 10 min

@@ -17,7 +17,7 @@ const sweepEvery = time.Minute
 func (p *pool) drive(ctx context.Context) {
 	defer p.dropPending()
 	pause := p.a.o.RetryMin
-	silent := false
+	var bad failing
 	swept := time.Now()
 	for ctx.Err() == nil {
 		if now := time.Now(); now.Sub(swept) > sweepEvery {
@@ -25,29 +25,58 @@ func (p *pool) drive(ctx context.Context) {
 			p.sweep(ctx, now)
 		}
 		again, wait, err := p.step(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		bad = p.report(bad, err, time.Now())
 		switch {
-		case ctx.Err() != nil:
 		case err != nil:
-			if !errors.Is(err, errChanged) {
-				silent = p.trouble(err, silent)
-			}
 			p.sleep(ctx, pause, nil)
 			pause = min(2*pause, p.a.o.RetryMax)
 			continue
-		case silent:
-			silent = false
-			p.a.event("PEER_BACK", "run", "the peer answers again", slog.String("pool", p.ID.String()), slog.String("peer", p.Peer))
-		}
-		pause = p.a.o.RetryMin
-		if again {
-			continue
-		}
-		if wait > 0 {
+		case again:
+		case wait > 0:
 			p.sleep(ctx, wait, nil)
-		} else {
+		default:
 			p.sleep(ctx, p.a.o.ValidateEvery, p.work)
 		}
+		pause = p.a.o.RetryMin
 	}
+}
+
+// failing is since when calls to the peer fail, zero if they do not, and
+// whether an event has said so.
+type failing struct {
+	since    time.Time
+	reported bool
+}
+
+// report tells of failures that last. A call or two may fail whenever a node
+// restarts.
+func (p *pool) report(f failing, err error, now time.Time) failing {
+	attrs := []slog.Attr{slog.String("pool", p.ID.String()), slog.String("peer", p.Peer)}
+	switch {
+	case err == nil:
+		if f.reported {
+			p.log.Info("the peer answers again")
+			p.a.event("PEER_BACK", "run", "the peer answers again", attrs...)
+		}
+		return failing{}
+	case errors.Is(err, errChanged):
+		return f
+	case f.since.IsZero():
+		f.since = now
+	}
+	if now.Sub(f.since) < p.a.o.SilentAfter {
+		p.log.Debug("type-1 with the peer failed; it is tried again", "err", err)
+		return f
+	}
+	p.log.Warn("type-1 with the peer does not get on; it is tried again", "since", f.since, "err", err)
+	if !f.reported {
+		f.reported = true
+		p.a.event("PEER_SILENT", "fault", "the peer does not answer, or refuses: no new keys for now", append(attrs, slog.String("err", err.Error()))...)
+	}
+	return f
 }
 
 // step does what is due, as far as the peer lets us.
@@ -83,17 +112,6 @@ func (p *pool) lost(err error) error {
 		p.mu.Unlock()
 	}
 	return err
-}
-
-// trouble reports the first failure in a row as an event and every one in the
-// log.
-func (p *pool) trouble(err error, silent bool) bool {
-	p.log.Warn("type-1 with the peer does not get on; it is tried again", "err", err)
-	if !silent {
-		p.a.event("PEER_SILENT", "fault", "the peer does not answer, or refuses: no new keys for now",
-			slog.String("pool", p.ID.String()), slog.String("peer", p.Peer), slog.String("err", err.Error()))
-	}
-	return true
 }
 
 // sleep ends early when the peer has spoken, or on work unless it is nil.

@@ -72,15 +72,20 @@ func (in *intake) scan(ctx context.Context) (more bool) {
 		return false
 	}
 	defer func() { _ = d.close() }()
-	good, other, err := d.names()
+	info, err := in.p.a.o.Store.Pool(ctx, in.p.ID)
+	if err != nil {
+		in.trouble(err)
+		return false
+	}
+	good, other, err := d.names(in.p.ID, info.NewestSeq)
 	if err != nil {
 		in.trouble(err)
 		return false
 	}
 	in.down, in.logged = false, 0
 	good, other = in.skipOdd(good, other)
-	done := 0
-	for _, name := range good[:min(len(good), goodPerScan)] {
+	now := append(slices.Clip(good[:min(len(good), goodPerScan)]), other[:min(len(other), otherPerScan)]...)
+	for _, name := range now {
 		if ctx.Err() != nil {
 			return false
 		}
@@ -88,16 +93,8 @@ func (in *intake) scan(ctx context.Context) (more bool) {
 			in.trouble(err) // the machine's fault: the file stays and is tried again
 			return false
 		}
-		done++
 	}
-	for _, name := range other[:min(len(other), otherPerScan)] {
-		if ctx.Err() != nil {
-			return false
-		}
-		in.refuse(d, name, keyfile.Header{}, refusal(keyfile.BadName, "want PAIR-SEQ.qkd"))
-		done++
-	}
-	return done < len(good)+len(other)
+	return len(now) < len(good)+len(other)
 }
 
 // skipOdd leaves out what could not be removed, and forgets what somebody has
@@ -146,6 +143,9 @@ func (in *intake) take(ctx context.Context, d *intakeDir, name string) error {
 // load reads a file and stores its keys. Nil also means that they had been
 // stored before, with the same bytes.
 func (in *intake) load(ctx context.Context, d *intakeDir, name string) (keyfile.Header, error) {
+	if _, _, err := keyfile.ParseName(name); err != nil {
+		return keyfile.Header{}, err
+	}
 	text, err := d.read(name)
 	if err != nil {
 		return keyfile.Header{}, err

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 
 	"github.com/q-ipsec/q-ipsec/kms/key"
@@ -75,10 +76,10 @@ func (d *intakeDir) trusted(uid uint32) bool {
 	return uid == uint32(os.Geteuid()) || uid == 0 || uid == d.feeder
 }
 
-// names lists the files to look at: those of the naming convention by seq, and
-// all others. Files being written and the records of refused ones are in
-// neither.
-func (d *intakeDir) names() (good, other []string, err error) {
+// names lists the files to look at: those of the pair above seq after by seq,
+// and all others, which must not hold the former up. Files being written and
+// the records of refused ones are in neither.
+func (d *intakeDir) names(pair uuid.UUID, after uint64) (good, other []string, err error) {
 	if _, err := d.f.Seek(0, io.SeekStart); err != nil {
 		return nil, nil, fmt.Errorf("kma: list %s: %w", d.f.Name(), err)
 	}
@@ -87,15 +88,15 @@ func (d *intakeDir) names() (good, other []string, err error) {
 		return nil, nil, fmt.Errorf("kma: list %s: %w", d.f.Name(), err)
 	}
 	for _, n := range list {
-		switch _, _, err := keyfile.ParseName(n); {
+		switch of, seq, err := keyfile.ParseName(n); {
 		case keyfile.Unfinished(n) || n == refusedDir:
-		case err == nil:
+		case err == nil && of == pair && seq > after:
 			good = append(good, n)
 		default:
 			other = append(other, n)
 		}
 	}
-	slices.Sort(good) // of one pair, by seq
+	slices.Sort(good) // by seq
 	return good, other, nil
 }
 

@@ -161,6 +161,8 @@ func (p *pool) publish(l *lease, keys []LeasedKey) bool {
 	if p.starved {
 		p.size = min(2*p.size, maxGrowth*p.a.o.LeaseSize)
 		p.starved = false
+	} else {
+		p.size = max(p.size-p.size/8, p.a.o.LeaseSize)
 	}
 	return true
 }
@@ -213,9 +215,7 @@ func (p *pool) onLease(ctx context.Context, r type1.LeaseRequest) (type1.LeaseRe
 	if mark.Seq() > info.NewestSeq {
 		return none, &type1.Problem{Code: type1.NotValidated, Detail: "the lease goes beyond what this node has taken in"}
 	}
-	// A peer whose store was restored may be of an older generation; meet has
-	// raised the alarm, and the store shall not refuse it for that.
-	if err := store.Advance(ctx, p.ID, Other, mark, r.Purpose, max(r.Generation, info.PeerGeneration)); err != nil {
+	if err := store.Advance(ctx, p.ID, Other, mark, r.Purpose, r.Generation); err != nil {
 		return none, fmt.Errorf("kma: peer's lease up to %s: %w", mark, err)
 	}
 	keys, err := store.Load(ctx, p.ID, Other, after, mark)

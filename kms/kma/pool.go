@@ -55,11 +55,12 @@ type pool struct {
 
 // session is what is known of the peer's process.
 type session struct {
-	peerInstance uuid.UUID // nil: none was met
-	synced       bool      // our SYNC and, if due, BURN were answered by it
-	burnDue      bool      // leases of ours were lost
-	epoch        uint64    // counts the resets
-	burned       key.Position
+	peerInstance   uuid.UUID // nil: none was met
+	peerGeneration uint64    // the highest met
+	synced         bool      // our SYNC and, if due, BURN were answered by it
+	burnDue        bool      // leases of ours were lost
+	epoch          uint64    // counts the resets
+	burned         key.Position
 }
 
 // floor is a position up to which the peer has used its keys.

@@ -152,6 +152,11 @@ func (p *pool) meet(ctx context.Context, st type1.SyncState) error {
 	if err != nil {
 		return err
 	}
+	if st.Generation < max(info.PeerGeneration, p.peerGeneration) {
+		// A message that was under way while the peer restarted; or the peer's
+		// store was replaced while its clock was set back.
+		return &type1.Problem{Code: type1.NotSynced, Detail: "this is from an earlier start of your node than one known here (if it is not: is your clock right?)"}
+	}
 	fresh := st.Instance != p.peerInstance
 	if restored := key.Position(st.PeerMark); restored > info.Mark {
 		p.reset(ctx, restored)
@@ -173,16 +178,13 @@ func (p *pool) meet(ctx context.Context, st type1.SyncState) error {
 			return fmt.Errorf("kma: adopt the peer's mark %s: %w", mark, err)
 		}
 	}
-	if st.Generation < info.PeerGeneration {
-		p.a.event("PEER_RESTORED", "alarm", "the peer's store is older than one we have met: it was restored from a copy",
-			slog.String("pool", p.ID.String()), slog.String("peer", p.Peer), slog.Uint64("generation", st.Generation), slog.Uint64("known", info.PeerGeneration))
-	}
 	if err := p.reconcile(ctx, st); err != nil {
 		return err
 	}
 	p.refresh(ctx)
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.peerGeneration = st.Generation
 	p.peerInstance = st.Instance // last: after a failure above, the next SYNC starts anew
 	return nil
 }

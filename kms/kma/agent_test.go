@@ -1,0 +1,470 @@
+package kma
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/q-ipsec/q-ipsec/kms/key"
+	"github.com/q-ipsec/q-ipsec/kms/keyfile"
+)
+
+// ledger is what the SAEs of both sides saw, and judges it.
+type ledger struct {
+	w  *world
+	mu sync.Mutex
+	m  map[key.ID]*entry
+}
+
+type entry struct {
+	pos            key.Position
+	taken, claimed int
+	noticed        bool // the other side has a notice
+	gone           bool // and asked in vain, or has it
+}
+
+func newLedger(w *world) *ledger { return &ledger{w: w, m: map[key.ID]*entry{}} }
+
+// check compares a key with what the QKD link made.
+func (l *ledger) check(pos key.Position, m *key.Material) {
+	data := l.w.truth[pos.Seq()]
+	at := int(pos.Index()) * key.MasterSize
+	if at+key.MasterSize > len(data)-keyfile.Trailer || !bytes.Equal(data[at:at+key.MasterSize], m.Bytes()) {
+		l.w.t.Errorf("key %s has other bytes than the QKD link made", pos)
+	}
+}
+
+// take plays GetKey at n.
+func (l *ledger) take(ctx context.Context, n *node) (Key, error) {
+	p := n.cur.Load()
+	if p == nil {
+		return Key{}, errDead
+	}
+	k, err := p.agent.Take(ctx, l.w.other(n).name)
+	if err != nil {
+		return k, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.check(k.Position, k.Material)
+	if !n.role.Owns(k.Position) {
+		l.w.t.Errorf("%s took key %s, which is the other side's", n.name, k.Position)
+	}
+	e := l.m[k.ID]
+	if e == nil {
+		e = &entry{pos: k.Position}
+		l.m[k.ID] = e
+	}
+	if e.taken++; e.taken > 1 || e.pos != k.Position {
+		l.w.t.Errorf("Key-ID %s taken %d times, at %s and %s", k.ID, e.taken, e.pos, k.Position)
+	}
+	return k, nil
+}
+
+func (l *ledger) len() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.m)
+}
+
+// notice plays the arrival of the supply notice at the other side.
+func (l *ledger) notice(k Key) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.m[k.ID].noticed = true
+}
+
+// keep is KeepOnBurn.
+func (l *ledger) keep(_ uuid.UUID, upTo key.Position) []key.ID {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var out []key.ID
+	for id, e := range l.m {
+		if e.noticed && !e.gone && e.pos <= upTo {
+			out = append(out, id)
+		}
+	}
+	return out
+}
+
+// claim plays GetKeyWithID at n and reports whether the key was there.
+func (l *ledger) claim(n *node, k Key) bool {
+	p := n.cur.Load()
+	if p == nil {
+		return false
+	}
+	m, _, err := p.agent.Claim(l.w.other(n).name, pairID, k.Position, k.ID)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e := l.m[k.ID]
+	e.gone = true
+	if err != nil {
+		if !errors.Is(err, ErrGone) {
+			l.w.t.Errorf("Claim: %v", err)
+		}
+		return false
+	}
+	defer m.Wipe()
+	l.check(k.Position, m)
+	if e.claimed++; e.claimed > 1 {
+		l.w.t.Errorf("Key-ID %s claimed %d times", k.ID, e.claimed)
+	}
+	return true
+}
+
+func TestOneKeyEndToEnd(t *testing.T) {
+	w := newWorld(t, nil)
+	l := newLedger(w)
+	w.both(l.keep)
+	w.feed(1, 64, nil)
+	w.feed(2, 7, nil)
+	w.want("agreement", w.agreed)
+	for i, n := range []*node{w.a, w.b, w.a, w.b} {
+		var k Key
+		w.want("a key", func() bool {
+			var err error
+			k, err = l.take(t.Context(), n)
+			return err == nil
+		})
+		if k.Class != key.Direct || k.Pool != pairID {
+			t.Errorf("key %d: %+v", i, k)
+		}
+		peer := w.other(n)
+		if _, _, err := peer.cur.Load().agent.Claim("c", pairID, k.Position, k.ID); !errors.Is(err, ErrGone) {
+			t.Errorf("claimed for the wrong peer: %v", err)
+		}
+		if _, _, err := peer.cur.Load().agent.Claim(n.name, pairID, k.Position, key.ID{1}); !errors.Is(err, ErrGone) {
+			t.Errorf("claimed under another Key-ID: %v", err)
+		}
+		if !l.claim(peer, k) {
+			t.Errorf("key %s is not at the other side", k.Position)
+		}
+		if _, _, err := peer.cur.Load().agent.Claim(n.name, pairID, k.Position, k.ID); !errors.Is(err, ErrGone) {
+			t.Errorf("claimed twice: %v", err)
+		}
+		k.Material.Wipe()
+	}
+	for _, n := range []*node{w.a, w.b} {
+		if _, err := n.cur.Load().agent.Take(t.Context(), "c"); !errors.Is(err, ErrNoPool) {
+			t.Errorf("key for a stranger: %v", err)
+		}
+		if len(n.events.codes) > 0 {
+			t.Errorf("events at %s on a good day: %v", n.name, n.events.codes)
+		}
+	}
+}
+
+// TestEveryKeyOnce drains the pool: each key is taken once on the owner's side
+// and can be claimed on the other.
+func TestEveryKeyOnce(t *testing.T) {
+	w := newWorld(t, nil)
+	l := newLedger(w)
+	w.both(l.keep)
+	total := 0
+	for seq := uint64(1); seq <= 5; seq++ {
+		w.feed(seq*3, int(seq)*11, nil) // gaps are allowed
+		total += int(seq) * 11
+	}
+	w.want("agreement", w.agreed)
+	n := 0
+	w.want("all keys", func() bool {
+		for _, node := range []*node{w.a, w.b} {
+			for {
+				k, err := l.take(t.Context(), node)
+				if err != nil {
+					break
+				}
+				if !l.claim(w.other(node), k) {
+					t.Errorf("key %s is not at the other side", k.Position)
+				}
+				k.Material.Wipe()
+				n++
+			}
+		}
+		return n >= total
+	})
+	if n != total {
+		t.Errorf("%d keys of %d", n, total)
+	}
+	if _, err := l.take(t.Context(), w.a); !errors.Is(err, ErrEmpty) {
+		t.Errorf("an empty pool gives %v", err)
+	}
+	w.want("empty stores", func() bool { return w.info(w.a).Active == 0 && w.info(w.b).Active == 0 && w.agreed() })
+}
+
+func TestPutBack(t *testing.T) {
+	w := newWorld(t, nil)
+	l := newLedger(w)
+	w.both(l.keep)
+	w.feed(1, 100, nil)
+	w.want("agreement", w.agreed)
+	a := w.a.cur.Load().agent
+	var k Key
+	w.want("a key", func() (ok bool) {
+		var err error
+		k, err = a.Take(t.Context(), "b")
+		return err == nil
+	})
+	id := k.ID
+	a.PutBack(k)
+	k, err := a.Take(t.Context(), "b")
+	if err != nil || k.ID != id {
+		t.Errorf("the next key is %s, %v, not the one put back", k.ID, err)
+	}
+	// The peer restarts: what it held is gone, so the key must not come back.
+	w.kill(w.b)
+	w.start(w.b, l.keep)
+	w.want("agreement", w.agreed)
+	a.PutBack(k)
+	if k.Material.Len() != 0 {
+		t.Error("a key of a burned lease was put back")
+	}
+}
+
+// TestBothAtFullSpeed is the deadlock of two KMEs that serve at once
+// (docs/architecture.md): both sides take as fast as they can while files come
+// in, and every key is claimed on the other side.
+func TestBothAtFullSpeed(t *testing.T) {
+	w := newWorld(t, func(o *Options) { o.LeaseSize = 64; o.RatchetKeys = 500 })
+	l := newLedger(w)
+	w.both(l.keep)
+	const files, keys, workers = 30, 200, 4
+	for seq := uint64(1); seq <= files; seq++ {
+		w.feed(seq, keys, nil)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, n := range []*node{w.a, w.b} {
+		for range workers {
+			wg.Go(func() {
+				for ctx.Err() == nil && l.len() < files*keys {
+					k, err := l.take(ctx, n)
+					if err != nil {
+						continue
+					}
+					if !l.claim(w.other(n), k) {
+						t.Errorf("key %s is not at the other side", k.Position)
+					}
+					k.Material.Wipe()
+				}
+			})
+		}
+	}
+	wg.Wait()
+	if ctx.Err() != nil {
+		t.Fatalf("not done in time:\na: %s\nb: %s", w.describe(w.a), w.describe(w.b))
+	}
+}
+
+func TestMismatchDestroysBoth(t *testing.T) {
+	const size = 8*key.MasterSize + keyfile.Trailer
+	for name, at := range map[string]int{"key": 5, "Km": size - 96, "Ks": size - 64, "Kid": size - 1} {
+		for _, alg := range []string{Poly1305, SHA256, SHA3} {
+			t.Run(name+" "+alg, func(t *testing.T) {
+				w := newWorld(t, func(o *Options) { o.Pools[0].Algorithm = alg })
+				l := newLedger(w)
+				w.both(l.keep)
+				w.feed(1, 8, func(n *node, data []byte) bool {
+					if n == w.b {
+						data[at] ^= 1
+					}
+					return true
+				})
+				w.feed(2, 8, nil)
+				w.want("both seqs", func() bool { return w.agreed() && w.info(w.a).NewestSeq == 2 && w.info(w.b).NewestSeq == 2 })
+				w.want("keys of the good seq", func() bool {
+					k, err := l.take(t.Context(), w.a)
+					if err == nil && k.Position.Seq() != 2 {
+						t.Errorf("a key of the bad seq: %s", k.Position)
+					}
+					return err == nil && l.claim(w.b, k)
+				})
+				if w.a.events.count("M102_MISMATCH") != 1 || w.b.events.count("M102_MISMATCH") != 1 {
+					t.Errorf("events %v and %v", w.a.events.codes, w.b.events.codes)
+				}
+			})
+		}
+	}
+}
+
+// TestHashKeysNeverPad: keys validated by a hash are marked.
+func TestHashKeysNeverPad(t *testing.T) {
+	data := make([]byte, 4*key.MasterSize+keyfile.Trailer)
+	for alg, want := range map[string]bool{Poly1305: false, SHA256: true, SHA3: true} {
+		f := sampleFile(t, key.Master, 1, data)
+		b, err := reformat(f, key.Direct, alg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.Keys.Wipe()
+		if b.NoPad != want || (b.Digest != [32]byte{}) != want {
+			t.Errorf("%s: NoPad %v", alg, b.NoPad)
+		}
+	}
+}
+
+// TestFileMissingAtOneSide: a seq that the other side skipped can never be
+// agreed; later ones are not held up.
+func TestFileMissingAtOneSide(t *testing.T) {
+	for _, lacks := range []string{"a", "b"} {
+		t.Run(lacks, func(t *testing.T) {
+			w := newWorld(t, nil)
+			l := newLedger(w)
+			w.both(l.keep)
+			w.feed(1, 4, nil)
+			w.feed(2, 4, func(n *node, _ []byte) bool { return n.name != lacks })
+			has := w.other(w.a)
+			if lacks == "b" {
+				has = w.a
+			}
+			w.want("seq 2 waits", func() bool { return w.info(has).NewestSeq == 2 && w.info(has).Received == 4 })
+			w.feed(3, 4, nil)
+			w.want("agreement on 1 and 3", func() bool { return w.info(w.a).NewestSeq == 3 && w.info(w.b).NewestSeq == 3 && w.agreed() })
+			if has.events.count("M102_NEVER") != 1 {
+				t.Errorf("events %v", has.events.codes)
+			}
+		})
+	}
+}
+
+func TestAlgorithmsDiffer(t *testing.T) {
+	w := newWorld(t, nil)
+	l := newLedger(w)
+	w.b.tune = func(o *Options) { o.Pools[0].Algorithm = SHA3 }
+	w.both(l.keep)
+	w.feed(1, 4, nil)
+	w.want("alarms", func() bool {
+		return w.a.events.count("M102_ALGORITHM") > 0 && w.b.events.count("M102_ALGORITHM") > 0
+	})
+	if w.info(w.a).Active+w.info(w.b).Active != 0 {
+		t.Error("keys became active")
+	}
+	if a, b := w.a.events.count("M102_ALGORITHM"), w.b.events.count("M102_ALGORITHM"); a != 1 || b != 1 {
+		t.Errorf("%d and %d alarms for one fault", a, b)
+	}
+}
+
+// TestNoSupplyWithoutPeer: neither before the first sync nor from a lease that
+// was not acknowledged.
+func TestNoSupplyWithoutPeer(t *testing.T) {
+	w := newWorld(t, func(o *Options) { o.SilentAfter = 10 * time.Millisecond })
+	l := newLedger(w)
+	w.both(l.keep)
+	w.feed(1, 200, nil)
+	w.want("agreement", w.agreed)
+	w.kill(w.b)
+	w.kill(w.a)
+	w.start(w.a, l.keep)
+	w.want("an alarm that the peer is silent", func() bool { return w.a.events.count("PEER_SILENT") > 0 })
+	if _, err := l.take(t.Context(), w.a); !errors.Is(err, ErrNotSynced) {
+		t.Errorf("a key while the peer is silent: %v", err)
+	}
+	if w.info(w.a).OwnActive == 0 {
+		t.Error("nothing was there to refuse")
+	}
+	w.start(w.b, l.keep)
+	w.want("a key again", func() bool {
+		k, err := l.take(t.Context(), w.a)
+		return err == nil && l.claim(w.b, k)
+	})
+}
+
+// TestBurnKeepsNoticed: the slave side of a crash. What has a notice stays
+// obtainable, once; the rest is gone.
+func TestBurnKeepsNoticed(t *testing.T) {
+	w := newWorld(t, nil)
+	l := newLedger(w)
+	w.both(l.keep)
+	w.feed(1, 64, nil)
+	w.want("agreement", w.agreed)
+	var ks []Key
+	w.want("four keys", func() bool {
+		if k, err := l.take(t.Context(), w.a); err == nil {
+			ks = append(ks, k)
+		}
+		return len(ks) == 4
+	})
+	l.notice(ks[0])
+	l.notice(ks[2])
+	w.kill(w.a)
+	w.start(w.a, l.keep)
+	w.want("agreement", w.agreed)
+	for i, k := range ks {
+		if got, want := l.claim(w.b, k), i%2 == 0; got != want {
+			t.Errorf("key %d after the burn: obtainable %v, want %v", i, got, want)
+		}
+		k.Material.Wipe()
+	}
+}
+
+// TestRestoredStore puts an older copy of one node's disk back. The peer's sync
+// finds it: the mark is adopted, nothing is supplied twice.
+func TestRestoredStore(t *testing.T) {
+	for _, who := range []string{"a", "b"} {
+		t.Run(who, func(t *testing.T) {
+			w := newWorld(t, nil)
+			l := newLedger(w)
+			w.both(l.keep)
+			n := w.a
+			if who == "b" {
+				n = w.b
+			}
+			w.feed(1, 600, nil)
+			w.want("agreement", w.agreed)
+			takeSome := func() {
+				for _, x := range []*node{w.a, w.b} {
+					got := 0
+					w.want("20 keys", func() bool {
+						k, err := l.take(t.Context(), x)
+						if err != nil {
+							return false
+						}
+						l.claim(w.other(x), k)
+						k.Material.Wipe()
+						got++
+						return got == 20
+					})
+				}
+			}
+			takeSome()
+			w.halt(n)
+			saved := t.TempDir()
+			copyTree(t, n.dir, saved)
+			w.start(n, l.keep)
+			w.want("agreement", w.agreed)
+			takeSome()
+			w.feed(2, 600, nil)
+			w.want("agreement on seq 2", func() bool { return w.info(w.b).NewestSeq == 2 && w.agreed() })
+			takeSome()
+			w.halt(n)
+			restoreTree(t, saved, n.dir)
+			w.start(n, l.keep)
+			w.want("agreement", w.agreed)
+			if n.events.count("STORE_RESTORED") == 0 {
+				t.Errorf("no alarm: %v", n.events.codes)
+			}
+			w.feed(3, 600, nil)
+			w.want("agreement on seq 3", func() bool { return w.info(w.b).NewestSeq == 3 && w.agreed() })
+			takeSome()
+		})
+	}
+}
+
+// TestMisfortune is the property that all rests on: whatever is lost, repeated
+// or delayed, and whenever either side is killed, no key is taken or claimed
+// twice, none has other bytes, and in the end both sides agree.
+func TestMisfortune(t *testing.T) {
+	seed := uint64(envInt(t, "SEED", int(time.Now().UnixNano())))
+	kills := envInt(t, "COUNT", 20)
+	const perRound = 7
+	for round := 0; round*perRound < kills; round++ {
+		t.Run(fmt.Sprint("seed ", seed+uint64(round)), func(t *testing.T) { misfortune(t, seed+uint64(round), min(perRound, kills-round*perRound)) })
+	}
+}

@@ -1,0 +1,455 @@
+package kma
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"reflect"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/crypto/poly1305" //nolint:staticcheck // see the package comment
+
+	"github.com/q-ipsec/q-ipsec/kms/key"
+	"github.com/q-ipsec/q-ipsec/kms/keyfile"
+	"github.com/q-ipsec/q-ipsec/kms/type1"
+)
+
+// counting is key data 0, 1, 2, ... for n keys.
+func counting(n int) []byte {
+	b := make([]byte, n*key.MasterSize+keyfile.Trailer)
+	for i := range b {
+		b[i] = byte(i)
+	}
+	return b
+}
+
+// TestTags rebuilds M102's messages by hand from the package comment, and pins
+// one value of each kind: both ends of an upgrade must agree.
+func TestTags(t *testing.T) {
+	data := counting(3)
+	f := sampleFile(t, key.Master, 0x0102030405, data)
+	defer f.Wipe()
+	b, err := reformat(f, key.Direct, Poly1305)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Keys.Wipe()
+	keys, km, ks, kid := data[:96], data[96:128], data[128:160], data[160:192]
+	head := append(pairID[:], binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(nil, 0x0102030405), 192)...)
+	mac := func(k []byte, parts ...[]byte) (out [16]byte) {
+		poly1305.Sum(&out, bytes.Join(parts, nil), (*[32]byte)(k))
+		return out
+	}
+	if want := mac(km, []byte("M"), head, keys, ks, kid); b.TagM != want {
+		t.Errorf("TagM %x, want %x", b.TagM, want)
+	}
+	if want := mac(ks, []byte("S"), head, keys, kid); b.TagS != want {
+		t.Errorf("TagS %x, want %x", b.TagS, want)
+	}
+	if !bytes.Equal(b.Keys.Bytes(), keys) || len(b.IDs) != 3 || b.IDs[2] != key.DeriveID(kid, pairID, 0x0102030405, 2) {
+		t.Error("keys or Key-IDs are wrong")
+	}
+	pins := map[string]string{
+		Poly1305: "b9af64cbd20b7cfd6f945488fe5e99c2 7607e2fc270cb68e84a891a4f98cacae", SHA256: "58916d11f9de38fe0d603a2105bc4b170b3473780c5c1f7deda41bf9a89a3e0c 39cf6ffdcb22ad57ad23346c94c382031e26227fdd94991826af12aa55656ea1", SHA3: "8e34831ea41918b93f0cb44ee6086d6a752e02d38194c0000503c6731b66d497 66ab7d9495e8e019372c8ac6fbe37a7308023f01726bf49b26beb6e25458f71b",
+	}
+	for alg, want := range pins {
+		b, err := reformat(f, key.Direct, alg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.Keys.Wipe()
+		i := BlockInfo{Algorithm: alg, TagM: b.TagM, TagS: b.TagS, Digest: b.Digest}
+		if got := hex.EncodeToString(proof(&i, 'M')) + " " + hex.EncodeToString(proof(&i, 'S')); got != want {
+			t.Errorf("%s: %s, want %s", alg, got, want)
+		}
+	}
+}
+
+// forger changes the slave's proof of one seq.
+type forger struct {
+	Peer
+	seq uint64
+}
+
+func (f forger) Validate(ctx context.Context, r type1.ValidateRequest) (type1.ValidateResponse, error) {
+	out, err := f.Peer.Validate(ctx, r)
+	for i := range out.Results {
+		if out.Results[i].Seq == f.seq && len(out.Results[i].Tag) > 0 {
+			out.Results[i].Tag[0] ^= 1
+		}
+	}
+	return out, err
+}
+
+// TestSlaveMustProve: without the slave's proof there is no agreement, and the
+// slave, which had agreed, is told.
+func TestSlaveMustProve(t *testing.T) {
+	w := newWorld(t, nil)
+	l := newLedger(w)
+	w.a.tune = func(o *Options) { o.Peers["b"] = forger{o.Peers["b"], 1} }
+	w.both(l.keep)
+	w.feed(1, 8, nil)
+	w.want("an alarm", func() bool { return w.a.events.count("M102_BAD_PROOF") == 1 })
+	w.want("both without it", func() bool {
+		return w.info(w.a).Active+w.info(w.a).Received+w.info(w.b).Active+w.info(w.b).Received == 0
+	})
+	w.feed(2, 8, nil)
+	w.want("agreement on seq 2", func() bool { return w.info(w.b).NewestSeq == 2 && w.agreed() })
+}
+
+// slave is node b alone; the test plays the master.
+type slave struct {
+	*world
+	ag     *Agent
+	me, it uuid.UUID
+	events *eventLog
+}
+
+func newSlave(t *testing.T, keep func(uuid.UUID, key.Position) []key.ID) *slave {
+	t.Helper()
+	w := newWorld(t, nil)
+	p := w.start(w.b, keep)
+	t.Cleanup(func() { w.halt(w.b) })
+	s := &slave{world: w, ag: p.agent, me: uuid.New(), it: p.agent.instance, events: w.b.events}
+	s.sync(t, s.me, 5, type1.SyncState{NewestSeq: 100})
+	return s
+}
+
+func (s *slave) sync(t *testing.T, me uuid.UUID, generation uint64, st type1.SyncState) {
+	t.Helper()
+	st.Instance, st.Generation = me, generation
+	if _, err := s.ag.Sync(t.Context(), "a", type1.SyncRequest{Pool: pairID, SyncState: st}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (s *slave) link() type1.Link { return type1.Link{From: s.me, To: s.it} }
+
+// file brings seq in and gives what the master would send of it.
+func (s *slave) file(t *testing.T, seq uint64, keys int) Block {
+	t.Helper()
+	data := counting(keys)
+	data[0] = byte(seq)
+	s.write(s.b, seq, data)
+	s.want("the file", func() bool { return s.info(s.b).NewestSeq == seq })
+	f := sampleFile(t, key.Master, seq, data)
+	defer f.Wipe()
+	b, err := reformat(f, key.Direct, Poly1305)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(b.Keys.Wipe)
+	return b
+}
+
+func (s *slave) validate(t *testing.T, blocks ...Block) ([]type1.ValidateResult, error) {
+	t.Helper()
+	r := type1.ValidateRequest{Pool: pairID, Link: s.link(), Algorithm: Poly1305}
+	for i := range blocks {
+		r.Items = append(r.Items, type1.ValidateItem{Seq: blocks[i].Seq, Tag: blocks[i].TagM[:]})
+	}
+	out, err := s.ag.Validate(t.Context(), "a", r)
+	return out.Results, err
+}
+
+func (s *slave) verdicts(t *testing.T, blocks ...Block) []type1.Verdict {
+	t.Helper()
+	rs, err := s.validate(t, blocks...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out []type1.Verdict
+	for i, r := range rs {
+		if (r.Verdict == type1.Agreed) != bytes.Equal(r.Tag, blocks[i].TagS[:]) {
+			t.Errorf("seq %d: %s with tag %x", r.Seq, r.Verdict, r.Tag)
+		}
+		out = append(out, r.Verdict)
+	}
+	return out
+}
+
+func (s *slave) lease(t *testing.T, after, mark key.Position, seqs ...uint64) (type1.LeaseResponse, error) {
+	t.Helper()
+	return s.ag.Lease(t.Context(), "a", type1.LeaseRequest{Pool: pairID, Link: s.link(), Generation: 5, Purpose: type1.PurposeSupply,
+		After: type1.Position(after), Mark: type1.Position(mark), Floor: type1.Position(after), Seqs: seqs})
+}
+
+func TestVerdicts(t *testing.T) {
+	s := newSlave(t, nil)
+	one, two, five := s.file(t, 1, 4), s.file(t, 2, 4), s.file(t, 5, 4)
+	other := one
+	other.TagM[3] ^= 1
+	three, six := five, five
+	three.Seq, six.Seq = 3, 6
+	if got, want := s.verdicts(t, one), []type1.Verdict{type1.Agreed}; !reflect.DeepEqual(got, want) {
+		t.Fatalf("first: %v", got)
+	}
+	if got, want := s.verdicts(t, one), []type1.Verdict{type1.Agreed}; !reflect.DeepEqual(got, want) {
+		t.Errorf("repeat: %v", got)
+	}
+	// 3 never came, 5 is good, 6 may come; 2 is not in the master's list.
+	if got, want := s.verdicts(t, three, five, six, six), []type1.Verdict{type1.Never, type1.Agreed, type1.Missing}; !reflect.DeepEqual(got, want) {
+		t.Errorf("batch: %v, want %v", got, want)
+	}
+	if got, want := s.verdicts(t, two), []type1.Verdict{type1.Never}; !reflect.DeepEqual(got, want) {
+		t.Errorf("a block the master had passed over: %v, want %v", got, want)
+	}
+	if got, want := s.verdicts(t, other), []type1.Verdict{type1.Mismatch}; !reflect.DeepEqual(got, want) {
+		t.Errorf("an agreed seq over other bytes: %v", got)
+	}
+	if got, want := s.verdicts(t, one), []type1.Verdict{type1.Never}; !reflect.DeepEqual(got, want) {
+		t.Errorf("after that: %v", got)
+	}
+	if i := s.info(s.b); i.Active != 4 || i.Received != 0 {
+		t.Errorf("left: %+v", i)
+	}
+}
+
+func code(err error) type1.Code { return type1.CodeOf(err) }
+
+func TestLeaseRules(t *testing.T) {
+	s := newSlave(t, nil)
+	one := s.file(t, 1, 20)
+	at := func(i uint32) key.Position { return key.At(1, i) }
+	if _, err := s.lease(t, 0, at(6), 1); code(err) != type1.NotValidated {
+		t.Errorf("a block not validated: %v", err)
+	}
+	s.verdicts(t, one)
+	if r, err := s.lease(t, 0, at(6), 1); err != nil || r.Mark != type1.Position(at(6)) || r.Missing != nil {
+		t.Fatalf("a good lease: %+v, %v", r, err)
+	}
+	claim := func(i uint32) error {
+		m, _, err := s.ag.Claim("a", pairID, at(i), one.IDs[i])
+		if err == nil {
+			if !bytes.Equal(m.Bytes(), one.Keys.Bytes()[i*32:i*32+32]) {
+				t.Errorf("key %d has other bytes", i)
+			}
+			m.Wipe()
+		}
+		return err
+	}
+	if err := claim(2); err != nil {
+		t.Error(err)
+	}
+	if r, err := s.lease(t, 0, at(6), 1); err != nil || r.Mark != type1.Position(at(6)) {
+		t.Errorf("its repeat: %+v, %v", r, err)
+	}
+	if err := claim(2); !errors.Is(err, ErrGone) {
+		t.Errorf("claimed again after the repeat: %v", err)
+	}
+	for _, i := range []uint32{1, 3, 8} { // our own, our own, beyond the lease
+		if err := claim(i); !errors.Is(err, ErrGone) {
+			t.Errorf("claim of %d: %v", i, err)
+		}
+	}
+	if _, err := s.lease(t, 0, at(8), 1); code(err) != type1.Conflict {
+		t.Errorf("a lease that reaches back: %v", err)
+	}
+	if _, err := s.lease(t, at(10), key.At(7, 0), 7); code(err) != type1.NotValidated {
+		t.Errorf("a lease beyond what was taken in: %v", err)
+	}
+	// The owner skips (6, 10]: given up. It lists a block that is not here.
+	three := s.file(t, 3, 4)
+	s.verdicts(t, three)
+	if r, err := s.lease(t, at(10), key.At(3, 2), 1, 2, 3); err != nil || !reflect.DeepEqual(r.Missing, []uint64{2}) {
+		t.Errorf("a lease over a hole: %+v, %v", r, err)
+	}
+	for i, want := range map[uint32]error{4: nil, 8: ErrGone, 10: ErrGone, 12: nil, 18: nil} {
+		if err := claim(i); !errors.Is(err, want) {
+			t.Errorf("claim of %d: %v, want %v", i, err, want)
+		}
+	}
+	if _, err := s.lease(t, at(10), key.At(3, 3), 3); code(err) != type1.Conflict {
+		t.Errorf("another lease from the same place: %v", err)
+	}
+}
+
+func TestSessionRules(t *testing.T) {
+	s := newSlave(t, nil)
+	one := s.file(t, 1, 20)
+	s.verdicts(t, one)
+	right := s.me
+	for name, l := range map[string]type1.Link{"stranger": {From: uuid.New(), To: s.it}, "our former self": {From: s.me, To: uuid.New()}} {
+		if _, err := s.ag.Lease(t.Context(), "a", type1.LeaseRequest{Pool: pairID, Link: l, Mark: type1.Position(key.At(1, 4)), Purpose: "supply"}); code(err) != type1.NotSynced {
+			t.Errorf("lease, %s: %v", name, err)
+		}
+		if _, err := s.ag.Burn(t.Context(), "a", type1.BurnRequest{Pool: pairID, Link: l}); code(err) != type1.NotSynced {
+			t.Errorf("burn, %s: %v", name, err)
+		}
+		if _, err := s.ag.Validate(t.Context(), "a", type1.ValidateRequest{Pool: pairID, Link: l, Algorithm: Poly1305}); code(err) != type1.NotSynced {
+			t.Errorf("validate, %s: %v", name, err)
+		}
+	}
+	if _, err := s.ag.Sync(t.Context(), "a", type1.SyncRequest{Pool: pairID, SyncState: type1.SyncState{Instance: uuid.New(), Generation: 4}}); code(err) != type1.NotSynced {
+		t.Errorf("sync of an earlier start: %v", err)
+	}
+	if _, err := s.ag.Sync(t.Context(), "a", type1.SyncRequest{Pool: uuid.New()}); code(err) != type1.NotAuthorised {
+		t.Errorf("an unknown pool: %v", err)
+	}
+	if _, err := s.lease(t, 0, key.At(1, 6), 1); err != nil {
+		t.Fatal(err)
+	}
+	// A repeated sync of the same process changes nothing, whatever it says.
+	s.sync(t, right, 5, type1.SyncState{NewestSeq: 100})
+	if m, _, err := s.ag.Claim("a", pairID, key.At(1, 0), one.IDs[0]); err != nil {
+		t.Errorf("after a repeated sync: %v", err)
+	} else {
+		m.Wipe()
+	}
+	// A new process knows of seq 1; its burn takes what the old one had leased.
+	s.me = uuid.New()
+	s.sync(t, s.me, 6, type1.SyncState{NewestSeq: 100, Mark: type1.Position(key.At(1, 8)), Active: []type1.Range{{First: 1, Last: 1}}})
+	if i := s.info(s.b); i.PeerMark != key.At(1, 8) || i.Active == 0 {
+		t.Errorf("after the meeting: %+v", i)
+	}
+	if _, err := s.ag.Burn(t.Context(), "a", type1.BurnRequest{Pool: pairID, Link: s.link(), UpTo: type1.Position(key.At(1, 8))}); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.ag.Claim("a", pairID, key.At(1, 2), one.IDs[2]); !errors.Is(err, ErrGone) {
+		t.Errorf("a burned key: %v", err)
+	}
+	// The next one does not: a block on one side only.
+	s.me = uuid.New()
+	s.sync(t, s.me, 7, type1.SyncState{NewestSeq: 100, Mark: type1.Position(key.At(1, 8))})
+	if i := s.info(s.b); i.Active != 0 || s.events.count("SYNC_DESTROYED") != 1 {
+		t.Errorf("a block that only this side has: %+v, %v", i, s.events.codes)
+	}
+}
+
+func TestHopeless(t *testing.T) {
+	const none, received, active = 0, 1, 2
+	for _, tt := range []struct {
+		ours   key.State
+		theirs int
+		newest uint64 // of the peer; the block is 5
+		master bool   // whether the block stays at a master
+		slave  bool
+	}{
+		{key.Active, active, 9, true, true},
+		{key.Active, received, 9, false, true},
+		{key.Active, none, 9, false, false},
+		{key.Active, none, 4, false, false},
+		{key.Received, active, 9, true, false},
+		{key.Received, received, 9, true, true},
+		{key.Received, none, 4, true, true},
+		{key.Received, none, 5, false, false},
+	} {
+		st := type1.SyncState{NewestSeq: tt.newest}
+		switch tt.theirs {
+		case received:
+			st.Received = []type1.Range{{First: 5, Last: 5}}
+		case active:
+			st.Active = []type1.Range{{First: 5, Last: 5}}
+		}
+		for role, want := range map[key.Role]bool{key.Master: tt.master, key.Slave: tt.slave} {
+			p := &pool{Pool: Pool{Role: role}}
+			if why := p.hopeless(&BlockInfo{Seq: 5, State: tt.ours, Left: 1}, st); (why == "") != want {
+				t.Errorf("%s, %+v: %q", role, tt, why)
+			}
+		}
+	}
+}
+
+// TestSweep: keys the peer used long ago and never sent a notice for go; the
+// noticed ones and those it may still use stay.
+func TestSweep(t *testing.T) {
+	var noticed key.ID
+	s := newSlave(t, func(uuid.UUID, key.Position) []key.ID { return []key.ID{noticed} })
+	one := s.file(t, 1, 40)
+	noticed = one.IDs[2]
+	s.verdicts(t, one)
+	for _, r := range [][2]uint32{{0, 10}, {10, 20}} {
+		after := key.At(1, r[0])
+		if r[0] == 0 {
+			after = 0
+		}
+		if _, err := s.lease(t, after, key.At(1, r[1]), 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := s.ag.pools[pairID]
+	p.sweep(t.Context(), time.Now().Add(s.ag.o.NoticeLife/2))
+	p.mu.Lock()
+	before := len(p.held)
+	p.mu.Unlock()
+	p.sweep(t.Context(), time.Now().Add(2*s.ag.o.NoticeLife))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var left []key.Position
+	for pos := range p.held {
+		left = append(left, pos)
+	}
+	if before != 11 || len(left) != 6 || p.held[key.At(1, 2)].ID != noticed {
+		t.Errorf("%d keys before, %v after: want the noticed one and those above 1/10", before, left)
+	}
+}
+
+// TestNothingLeftInMemory: Run wipes what it had, and nothing is given after.
+func TestNothingLeftInMemory(t *testing.T) {
+	w := newWorld(t, nil)
+	l := newLedger(w)
+	w.both(l.keep)
+	w.feed(1, 100, nil)
+	w.want("leases on both sides", func() bool {
+		for _, n := range []*node{w.a, w.b} {
+			p := n.cur.Load().agent.pools[pairID]
+			p.mu.Lock()
+			ok := len(p.own) > 0 && len(p.held) > 0
+			p.mu.Unlock()
+			if !ok {
+				return false
+			}
+		}
+		return true
+	})
+	proc := w.a.cur.Load()
+	p := proc.agent.pools[pairID]
+	p.mu.Lock()
+	var ms []*key.Material
+	for _, k := range p.own {
+		ms = append(ms, k.Material)
+	}
+	for _, k := range p.held {
+		ms = append(ms, k.Material)
+	}
+	p.mu.Unlock()
+	w.halt(w.a)
+	for _, m := range ms {
+		if m.Len() != 0 {
+			t.Fatal("a leased key outlived Run")
+		}
+	}
+	if _, err := proc.agent.Take(t.Context(), "b"); err == nil {
+		t.Error("a key after the end")
+	}
+	if _, err := proc.agent.Lease(t.Context(), "b", type1.LeaseRequest{Pool: pairID}); code(err) != type1.Overloaded {
+		t.Errorf("a lease after the end: %v", err)
+	}
+}
+
+func TestNewRefuses(t *testing.T) {
+	w := newWorld(t, nil)
+	good := Pool{ID: pairID, Peer: "b", Role: key.Master, Class: key.Direct, Intake: "x", QKD: devA, PeerQKD: devB}
+	for name, spoil := range map[string]func(*Options){
+		"no id":        func(o *Options) { o.Pools[0].ID = uuid.Nil },
+		"twice":        func(o *Options) { o.Pools = append(o.Pools, good) },
+		"no address":   func(o *Options) { o.Pools[0].Peer = "c" },
+		"no role":      func(o *Options) { o.Pools[0].Role = 0 },
+		"no class":     func(o *Options) { o.Pools[0].Class = 9 },
+		"algorithm":    func(o *Options) { o.Pools[0].Algorithm = "sha-1" },
+		"no device":    func(o *Options) { o.Pools[0].QKD = uuid.Nil },
+		"no store":     func(o *Options) { o.Store = nil },
+		"no logger":    func(o *Options) { o.Log = nil },
+		"two failings": func(o *Options) { o.Pools[0].Role, o.Pools = 0, append(o.Pools, Pool{}) },
+	} {
+		o := Options{Pools: []Pool{good}, Store: &inventory{}, Peers: map[string]Peer{"b": w.a.peer}, Log: w.a.log}
+		spoil(&o)
+		if _, err := New(t.Context(), o); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
