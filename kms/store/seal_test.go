@@ -308,9 +308,28 @@ func TestRatchetForgets(t *testing.T) {
 		t.Errorf("the new root opens %d old block keys", n)
 	}
 
+	// The block's new key does not open its old boxes.
+	h := s.pools[testPool].blocks[0]
+	db, err := openSQLite(dsn(filepath.Join(old, "store.db"), true))
+	must(t, err)
+	defer db.Close()
+	var ids, box []byte
+	must(t, db.QueryRow(`SELECT ids, box FROM part WHERE seq = 1 AND part = 0`).Scan(&ids, &box))
+	was := &Store{uuid: s.uuid, root: oldRoot, data: map[uint64]cipher.AEAD{}}
+	for who, tc := range map[string]struct {
+		s    *Store
+		h    *header
+		want bool
+	}{"the old root": {was, &headers[0], true}, "the new root": {s, h, false}} {
+		a, err := tc.s.blockAEAD(tc.h)
+		must(t, err)
+		if opens := unseal(a, box, make([]byte, 500*32), headers[0].partAAD(s.uuid, 0, ids)) == nil; opens != tc.want {
+			t.Errorf("%s opens the keys of the old copy: %v", who, opens)
+		}
+	}
+
 	// What survives holds zeros where keys were read.
 	seen := 0
-	h := s.pools[testPool].blocks[0]
 	must(t, s.openParts(ctx, s.r, h, 0, h.parts()-1, func(_ int, _, keys []byte) error {
 		for i := range h.count {
 			k := keys[i*32 : i*32+32]
