@@ -117,6 +117,7 @@ func TestFaults(t *testing.T) {
 		"peer address":      {[][2]string{{`"192.0.2.2:8441"`, `"0.0.0.0:8441"`}}, "kms.peer[0].address"},
 		"peer is us":        {[][2]string{{"name = \"b\"\naddress", "name = \"a\"\naddress"}}, "kms.peer[0].name kms.pair[0].peer kms.sae[1].node kms.sae[3].node"},
 		"pair":              {[][2]string{{`"0f4d7c9e-3b1a-8c2d-9e4f-5a6b7c8d9e0f"`, `"0f4d7c9e"`}, {`role = "master"`, `role = "boss"`}, {`# algorithm = "poly1305"`, `algorithm = "sha-1"`}}, "kms.pair[0].id kms.pair[0].role kms.pair[0].algorithm"},
+		"control":           {[][2]string{{`# control = ""`, `control = "http://192.0.2.3:8443"`}}, "kms.pair[0].control"},
 		"same device":       {[][2]string{{"00000000000b", "00000000000a"}}, "kms.pair[0].peer_qkd_id"},
 		"ranges":            {[][2]string{{"# lease = 1024  ", "lease = 0 # "}, {`# notice_ttl = "5m"`, `notice_ttl = "2h"`}, {`# ratchet_interval = "10m"`, `ratchet_interval = "11m"`}}, "kms.lease kms.notice_ttl kms.ratchet_interval"},
 		"no unit":           {[][2]string{{`# intake_interval = "1s"`, `intake_interval = "1"`}}, "kms.intake_interval"},

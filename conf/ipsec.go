@@ -38,7 +38,7 @@ func (r *reader) ipsec(raw *rawIPsec, n *Node) *IPsec {
 		at := fmt.Sprintf("ipsec.kme[%d].", i)
 		kme := KME{
 			Name:      need(r, at+"name", k.Name, checked(checkVPNName)),
-			URL:       need(r, at+"url", k.URL, parseKMEURL),
+			URL:       need(r, at+"url", k.URL, parseHTTPS),
 			Files:     r.files(strings.TrimSuffix(at, "."), k.rawFiles),
 			TLS12:     k.TLS12,
 			UseGET:    k.UseGET,
@@ -241,7 +241,7 @@ func identity(s string) error {
 	return nil
 }
 
-func parseKMEURL(s string) (string, error) {
+func parseHTTPS(s string) (string, error) {
 	u, err := url.Parse(s)
 	if err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
 		return "", fmt.Errorf("want https://HOST[:PORT], and a path if the API is not at the standard's")

@@ -143,6 +143,7 @@ func (r *reader) pairs(k *KMS, raw []rawPair, nodes map[string]string, self stri
 			Intake:    r.path(at+"intake", p.Intake, ""),
 			Feeder:    p.Feeder,
 			Algorithm: parse(r, at+"algorithm", p.Algorithm, Poly1305, oneOf(Poly1305, SHA256, SHA3256)),
+			Control:   parse(r, at+"control", p.Control, "", parseHTTPS),
 		}
 		if _, ok := nodes[v.Peer]; v.Peer != "" && (!ok || v.Peer == self) {
 			r.fault(at+"peer", "%q is no [[kms.peer]]", v.Peer)

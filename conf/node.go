@@ -79,6 +79,7 @@ type Pair struct {
 	Intake           string    // directory of QKD-Key files
 	Feeder           string    // user whose files are taken: a name or a number; empty: our own
 	Algorithm        Algorithm // M102
+	Control          string    // https URL of the QKDE's control interface; empty: none
 }
 
 // SAE is a consumer of keys that this node's KSA knows, local or at a peer.

@@ -68,6 +68,7 @@ type rawPair struct {
 	Intake    string `toml:"intake"`
 	Feeder    string `toml:"feeder"`
 	Algorithm string `toml:"algorithm"`
+	Control   string `toml:"control"`
 }
 
 type rawSAE struct {

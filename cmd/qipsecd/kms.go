@@ -21,10 +21,11 @@ import (
 
 // kms is the [kms] role.
 type kms struct {
-	store  *store.Store
-	kma    *kma.Agent
-	ksa    *ksa.Agent
-	nodeOf map[string]string // node of each SAE
+	store   *store.Store
+	kma     *kma.Agent
+	ksa     *ksa.Agent
+	nodeOf  map[string]string // node of each SAE
+	devices *devices
 }
 
 // buildKMS opens the store, makes the agents and binds their servers. Nothing
@@ -48,7 +49,10 @@ func buildKMS(ctx context.Context, n *conf.Node, s *stages, r *recorder, log *sl
 	if err != nil {
 		return nil, err
 	}
-	if k.kma, err = newKMA(ctx, c, st, clients, r, log); err != nil {
+	if k.devices, err = newDevices(c, r.source("qkde"), log); err != nil {
+		return nil, err
+	}
+	if k.kma, err = newKMA(ctx, c, st, clients, k.devices, r, log); err != nil {
 		return nil, err
 	}
 	if k.ksa, err = newKSA(n, k, clients, r, log); err != nil {
@@ -61,6 +65,7 @@ func buildKMS(ctx context.Context, n *conf.Node, s *stages, r *recorder, log *sl
 	}
 	s.add("KMA and Type-1", k.kma.Run, serveType1)
 	s.add("KSA", k.ksa.Run)
+	s.add("QKD devices", k.devices.run)
 	if !c.Type2Listen.IsValid() {
 		return k, nil
 	}
@@ -86,7 +91,7 @@ func type1Clients(c *conf.KMS, log *slog.Logger) (map[string]*type1.Client, erro
 	return clients, nil
 }
 
-func newKMA(ctx context.Context, c *conf.KMS, st *store.Store, clients map[string]*type1.Client, r *recorder, log *slog.Logger) (*kma.Agent, error) {
+func newKMA(ctx context.Context, c *conf.KMS, st *store.Store, clients map[string]*type1.Client, devices *devices, r *recorder, log *slog.Logger) (*kma.Agent, error) {
 	o := kma.Options{
 		Store: storeForKMA{st}, Peers: map[string]kma.Peer{}, Log: log.With("part", "kma"), Events: r.source("kma"),
 		IntakeInterval: c.IntakeInterval, LeaseSize: c.Lease, RatchetInterval: c.RatchetInterval, RatchetKeys: c.RatchetKeys,
@@ -102,6 +107,7 @@ func newKMA(ctx context.Context, c *conf.KMS, st *store.Store, clients map[strin
 		o.Pools = append(o.Pools, kma.Pool{
 			ID: p.ID, Peer: p.Peer, Role: p.Role, Class: key.Direct,
 			Intake: p.Intake, QKD: p.QKDID, PeerQKD: p.PeerQKDID, FeederUID: uid, Algorithm: string(p.Algorithm),
+			Device: devices.control(p.ID),
 		})
 	}
 	return kma.New(ctx, o)

@@ -94,6 +94,7 @@ func (o *operatorKeys) Pools(ctx context.Context) ([]operator.Pool, error) {
 			ID: p.ID, Peer: p.Peer, Role: p.Role.String(), Class: p.Class.String(), Received: p.Received, Active: p.Active, OwnActive: p.OwnActive,
 			NewestSeq: p.NewestSeq, Mark: p.Mark.String(), PeerMark: p.PeerMark.String(),
 		}
+		out[i].Device = o.devices.last(p.ID)
 		// A pool that is in the store and no more in the config has no level.
 		if l, err := o.kma.Level(p.Peer); err == nil {
 			out[i].Leased, out[i].Synced = l.Leased, l.Synced

@@ -40,6 +40,15 @@ type Pool struct {
 	NewestSeq uint64    `json:"newest_seq"` // of the newest QKD-Key file
 	Mark      string    `json:"mark"`       // seq/index up to which our keys are leased
 	PeerMark  string    `json:"peer_mark"`  // likewise the peer's keys
+	Device    *Device   `json:"device,omitempty"`
+}
+
+// Device is what the pool's QKD device says of itself, over its control.
+type Device struct {
+	State  string   `json:"state"` // running, stopped, initialising, aborted, link down, unreachable
+	QBER   float64  `json:"qber"`  // 0 to 1
+	Rate   float64  `json:"rate"`  // secret key, bit/s
+	Alarms []string `json:"alarms,omitempty"`
 }
 
 // Key is where one key is in its life.
