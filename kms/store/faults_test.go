@@ -381,6 +381,13 @@ func runFault(t *testing.T, f *fault) bool {
 		if p, perr := s.Pool(ctx, testPool); err == nil && (perr != nil || p.Active != 5 || p.OwnActive != 2) {
 			t.Fatalf("fault %d (%s): at the end %+v, %v", f.n, f.what, p, perr)
 		}
+		if !f.crash {
+			for side, mark := range map[Side]key.Position{Own: key.At(2, 4), Peer: key.At(2, 3)} {
+				if _, err := s.Load(ctx, testPool, side, 0, mark); !errors.Is(err, ErrSpent) {
+					t.Fatalf("fault %d (%s): %s keys read again: %v", f.n, f.what, side, err)
+				}
+			}
+		}
 		if err := s.Close(); err != nil {
 			t.Fatalf("fault %d (%s): Close: %v", f.n, f.what, err)
 		}
