@@ -331,6 +331,15 @@ func TestLoadChecksFiles(t *testing.T) {
 			}
 		})
 	}
+	if err := os.Rename(dir+"/pki", dir+"/gone"); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := ReadNode(name); err != nil || n.IPsec == nil {
+		t.Errorf("the guard cannot be made without certificates: %v", err)
+	}
+	if err := os.Rename(dir+"/gone", dir+"/pki"); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := LoadNode(dir + "/none"); err == nil {
 		t.Error("a missing file was loaded")
 	}

@@ -51,6 +51,16 @@ func LoadNode(name string) (*Node, error) {
 	return n, nil
 }
 
+// ReadNode reads qipsecd's config from a file without a look at any other file:
+// for what must work while a certificate is missing, such as the guard.
+func ReadNode(name string) (*Node, error) {
+	text, dir, err := readConfig(name)
+	if err != nil {
+		return nil, err
+	}
+	return ParseNode(name, dir, text)
+}
+
 // ParseNode reads qipsecd's config from text without a look at any other file.
 // Relative paths start at dir; file is its name in errors, which are *Faults.
 func ParseNode(file, dir string, text []byte) (*Node, error) {

@@ -80,7 +80,7 @@ func guardSetup(f func(context.Context, *app, *sad.Guard, sad.GuardConfig, bool)
 			if err := wantArgs(args, 0); err != nil {
 				return err
 			}
-			n, err := conf.LoadNode(*config)
+			n, err := conf.ReadNode(*config)
 			if err != nil {
 				return err
 			}

@@ -40,7 +40,7 @@ func newNodeFlags(fs *flag.FlagSet) nodeFlags {
 func (f nodeFlags) client(ctx context.Context) (*operator.Client, context.Context, context.CancelFunc, error) {
 	name := or(*f.socket, os.Getenv(socketEnv))
 	if name == "" {
-		n, err := conf.LoadNode(*f.config)
+		n, err := conf.ReadNode(*f.config)
 		if err != nil {
 			return nil, nil, nil, fmt.Errorf("find the operator socket (--socket names it): %w", err)
 		}

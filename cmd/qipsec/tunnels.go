@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/q-ipsec/q-ipsec/kms/operator"
@@ -106,7 +107,7 @@ func printExplanation(a *app, e operator.Explanation) error {
 		if !c.OK {
 			mark = "FAIL"
 		}
-		fmt.Fprintf(a.out, "%s  %-12s %s\n", mark, c.What, c.Text)
+		fmt.Fprintf(a.out, "%s  %-12s %s\n", mark, c.What, strings.ReplaceAll(strings.TrimSpace(c.Text), "\n", "\n"+strings.Repeat(" ", 19)))
 		if c.Advice != "" {
 			fmt.Fprintf(a.out, "      %-12s -> %s\n", "", c.Advice)
 		}
