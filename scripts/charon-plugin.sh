@@ -116,6 +116,7 @@ prepare_tree() {
         fi
         rm -rf "$work"/lists "$work"/*.tar.*
         configure "$work"
+        find "$work/src" -type f ! -name '*.h' ! -name COPYING -delete
         rm -rf -- "$kept"
         mv -- "$work" "$kept"
         work=
