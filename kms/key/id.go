@@ -55,16 +55,30 @@ func (id *ID) UnmarshalText(b []byte) error {
 // from the same file; nobody without kid can predict or link one (decision
 // 0001). The caller owns and wipes kid (32 bytes).
 func DeriveID(kid []byte, pair uuid.UUID, seq uint64, index uint32) ID {
+	return deriveIDs(kid, pair, seq, index, 1)[0]
+}
+
+// DeriveIDs gives the Key-IDs of the indices 0 to n-1, as DeriveID does; n is at
+// most MaxIndex+1. The caller owns and wipes kid.
+func DeriveIDs(kid []byte, pair uuid.UUID, seq uint64, n int) []ID {
+	return deriveIDs(kid, pair, seq, 0, n)
+}
+
+func deriveIDs(kid []byte, pair uuid.UUID, seq uint64, first uint32, n int) []ID {
+	const label = "Q-IPsec v1 key-id"
+	msg := make([]byte, 0, len(label)+len(pair)+8+4)
+	msg = append(msg, label...)
+	msg = append(msg, pair[:]...)
+	msg = binary.BigEndian.AppendUint64(msg, seq)
 	mac := hmac.New(sha256.New, kid)
-	mac.Write([]byte("Q-IPsec v1 key-id"))
-	mac.Write(pair[:])
-	var n [12]byte
-	binary.BigEndian.PutUint64(n[:8], seq)
-	binary.BigEndian.PutUint32(n[8:], index)
-	mac.Write(n[:])
-	var id ID
-	copy(id[:], mac.Sum(nil))
-	id[6] = id[6]&0x0f | 0x80
-	id[8] = id[8]&0x3f | 0x80
-	return id
+	ids := make([]ID, n)
+	var sum [sha256.Size]byte
+	for i := range ids {
+		mac.Reset()
+		mac.Write(binary.BigEndian.AppendUint32(msg, first+uint32(i)))
+		copy(ids[i][:], mac.Sum(sum[:0]))
+		ids[i][6] = ids[i][6]&0x0f | 0x80
+		ids[i][8] = ids[i][8]&0x3f | 0x80
+	}
+	return ids
 }

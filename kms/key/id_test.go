@@ -177,3 +177,13 @@ func TestNames(t *testing.T) {
 		t.Error("unknown numbers have no name")
 	}
 }
+
+func TestDeriveIDs(t *testing.T) {
+	kid, pair := make([]byte, 32), uuid.New()
+	kid[3] = 7
+	for i, id := range DeriveIDs(kid, pair, 9, 100) {
+		if id != DeriveID(kid, pair, 9, uint32(i)) {
+			t.Fatalf("index %d: the two functions differ", i)
+		}
+	}
+}

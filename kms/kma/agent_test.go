@@ -13,6 +13,7 @@ import (
 
 	"github.com/q-ipsec/q-ipsec/kms/key"
 	"github.com/q-ipsec/q-ipsec/kms/keyfile"
+	"github.com/q-ipsec/q-ipsec/kms/type1"
 )
 
 // ledger is what the SAEs of both sides saw, and judges it.
@@ -116,6 +117,25 @@ func (l *ledger) claim(n *node, k Key) bool {
 		l.w.t.Errorf("Key-ID %s claimed %d times", k.ID, e.claimed)
 	}
 	return true
+}
+
+// drain takes every key that n can still give; each must be at the other side.
+func (l *ledger) drain(n *node) (count int) {
+	l.w.want("an empty pool", func() bool {
+		for {
+			k, err := l.take(l.w.t.Context(), n)
+			if err != nil {
+				lv, err := n.cur.Load().agent.Level(l.w.other(n).name)
+				return err == nil && lv.Active == 0 && lv.Leased == 0
+			}
+			count++
+			if !l.claim(l.w.other(n), k) {
+				l.w.t.Errorf("key %s is not at the other side", k.Position)
+			}
+			k.Material.Wipe()
+		}
+	})
+	return count
 }
 
 func TestOneKeyEndToEnd(t *testing.T) {
@@ -401,6 +421,73 @@ func TestBurnKeepsNoticed(t *testing.T) {
 			t.Errorf("key %d after the burn: obtainable %v, want %v", i, got, want)
 		}
 		k.Material.Wipe()
+	}
+}
+
+// TestPeerRestartBurnsOurLease: the peer's copies of our lease are gone with its
+// process, so none of it may be handed out.
+func TestPeerRestartBurnsOurLease(t *testing.T) {
+	w := newWorld(t, nil)
+	l := newLedger(w)
+	w.both(l.keep)
+	w.feed(1, 200, nil)
+	w.want("a lease", func() bool { lv, _ := w.a.cur.Load().agent.Level("b"); return lv.Leased > 8 })
+	w.kill(w.b)
+	w.start(w.b, l.keep)
+	w.want("agreement", func() bool { return w.agreed() && w.a.cur.Load().agent.pools[pairID].met(w.b) })
+	if n := l.drain(w.a); n == 0 || n > 100-8 {
+		t.Errorf("%d keys after the restart, of 100 with at least 8 burned", n)
+	}
+}
+
+// met reports whether p has met the process that n runs.
+func (p *pool) met(n *node) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.peerInstance == n.cur.Load().agent.instance
+}
+
+// lateAnswer holds back the answer to the first lease until after has run.
+type lateAnswer struct {
+	Peer
+	once  *sync.Once
+	after func()
+}
+
+func (p lateAnswer) Lease(ctx context.Context, r type1.LeaseRequest) (type1.LeaseResponse, error) {
+	out, err := p.Peer.Lease(ctx, r)
+	if err == nil {
+		p.once.Do(p.after)
+	}
+	return out, err
+}
+
+// TestAcknowledgedByFormerProcess: the peer acknowledges a lease, dies, starts
+// and is met, and only then its acknowledgement arrives.
+func TestAcknowledgedByFormerProcess(t *testing.T) {
+	w := newWorld(t, nil)
+	l := newLedger(w)
+	ready, restarted := make(chan struct{}), make(chan struct{})
+	w.a.tune = func(o *Options) {
+		o.Peers["b"] = lateAnswer{o.Peers["b"], &sync.Once{}, func() {
+			<-ready
+			defer close(restarted)
+			w.kill(w.b)
+			w.start(w.b, l.keep)
+			p := w.a.cur.Load().agent.pools[pairID]
+			for end := time.Now().Add(10 * time.Second); !p.met(w.b) && time.Now().Before(end); {
+				time.Sleep(time.Millisecond)
+			}
+		}}
+	}
+	w.both(l.keep)
+	close(ready)
+	w.feed(1, 200, nil)
+	<-restarted
+	w.want("agreement", w.agreed)
+	w.want("a lease", func() bool { lv, _ := w.a.cur.Load().agent.Level("b"); return lv.Leased > 0 })
+	if n := l.drain(w.a); n == 0 || n > 100-16 {
+		t.Errorf("%d keys, of 100 with 16 burned", n)
 	}
 }
 

@@ -63,16 +63,7 @@ func misfortune(t *testing.T, seed uint64, kills int) {
 	t.Logf("%d keys taken; a: %s; b: %s", taken, w.describe(w.a), w.describe(w.b))
 	// And it goes on: what is left can be taken and claimed.
 	for _, n := range []*node{w.a, w.b} {
-		for w.info(n).OwnActive > 0 {
-			k, err := l.take(t.Context(), n)
-			if err != nil {
-				continue
-			}
-			if !l.claim(w.other(n), k) {
-				t.Errorf("after agreement, key %s is not at the other side", k.Position)
-			}
-			k.Material.Wipe()
-		}
+		l.drain(n)
 	}
 }
 

@@ -39,10 +39,7 @@ func reformat(f *keyfile.File, class key.Class, algorithm string) (Block, error)
 	default:
 		return Block{}, fmt.Errorf("kma: M102 algorithm %q is unknown", algorithm)
 	}
-	b.IDs = make([]key.ID, len(p.Keys)/key.MasterSize)
-	for i := range b.IDs {
-		b.IDs[i] = key.DeriveID(p.Kid, f.Pair, f.Seq, uint32(i))
-	}
+	b.IDs = key.DeriveIDs(p.Kid, f.Pair, f.Seq, len(p.Keys)/key.MasterSize)
 	if b.Keys, err = key.New(len(p.Keys)); err != nil {
 		return Block{}, err
 	}
