@@ -546,3 +546,30 @@ func TestKeysOfAVendorKME(t *testing.T) {
 		t.Error("a key came twice")
 	}
 }
+
+// What was supplied before an orderly stop can be fetched at the other end after
+// the restart, although the rest of the lease is burned.
+func TestRestartKeepsWhatWasSupplied(t *testing.T) {
+	l := newLab(t, 7)
+	a := l.start("a")
+	l.start("b")
+	l.feed(1, 100)
+	l.supplies("a", 5)
+	got, err := l.sae("a", "get-key", "--number", "5")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.end(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	l.start("a")
+	l.feed(2, 100)
+	l.supplies("a", 5) // so the two have met and burned
+	again, err := l.sae("b", "get-key-with-id", got[3].ID, got[1].ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again[0] != got[3] || again[1] != got[1] {
+		t.Error("the two ends' keys differ")
+	}
+}
