@@ -1,0 +1,81 @@
+// Command bench measures the installed programs and prints a table, each row
+// beside its reference, which runs in the same minute, slice by slice in turns
+// with what is measured. `make bench` builds and calls it.
+//
+// The nodes are the real qipsecd with its store on disk; what they are compared
+// with (bench bare) is a process of its own as well, with the same certificates,
+// TLS configuration and length of body; both are called by the same clients.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+)
+
+// options are the flags.
+type options struct {
+	bin, out string
+	rounds   int
+	slice    time.Duration
+	children int // CHILD_SAs of the tunnel row
+	fileKeys int // keys of one QKD-Key file of the intake row
+	profile  string
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string) error {
+	if len(args) > 0 && args[0] == "bare" {
+		return bare(ctx, args[1:])
+	}
+	var o options
+	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
+	fs.StringVar(&o.bin, "bin", "bin", "`directory` of qipsecd and qipsec")
+	fs.StringVar(&o.out, "out", "out/bench.json", "`file` for the numbers; the inventories lie beside it meanwhile")
+	fs.IntVar(&o.rounds, "rounds", 9, "how many times each row and its reference take turns")
+	fs.DurationVar(&o.slice, "slice", time.Second, "length of one turn")
+	fs.IntVar(&o.children, "children", 300, "CHILD_SAs of the tunnel row")
+	fs.IntVar(&o.fileKeys, "file-keys", 100_000, "keys of one QKD-Key file of the intake row")
+	fs.StringVar(&o.profile, "profile", "", "write a CPU profile of the tunnel row to this `file`")
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	if fs.NArg() > 0 || o.rounds < 1 || o.slice <= 0 || o.children < 1 || o.fileKeys < 1 {
+		return errors.New("-rounds, -slice, -children and -file-keys are 1 or more; there are no other arguments")
+	}
+	return measure(ctx, o, os.Stdout)
+}
+
+// measure runs all rows, prints the table and writes o.out.
+func measure(ctx context.Context, o options, w io.Writer) (err error) {
+	var t table
+	if err := os.MkdirAll(filepath.Dir(o.out), 0o755); err != nil {
+		return err
+	}
+	machine(w)
+	for _, part := range []func(context.Context, options, *table) error{supplyRows, intakeRow} {
+		if err := part(ctx, o, &t); err != nil {
+			return err
+		}
+	}
+	t.print(w)
+	return t.write(o.out)
+}
+
+func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }

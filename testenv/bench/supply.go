@@ -1,0 +1,336 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/q-ipsec/q-ipsec/kms/etsi014"
+	"github.com/q-ipsec/q-ipsec/kms/key"
+	"github.com/q-ipsec/q-ipsec/kms/pki"
+)
+
+// The calls, as an SAE makes them. bodyForm is the answer to GetKey for one key
+// of 256 bits, which the bare server gives with other digits.
+const (
+	getKey    = `{"number":1,"size":256}`
+	getWithID = `{"key_IDs":[{"key_ID":"%s"}]}`
+	bodyForm  = `{"keys":[{"key_ID":"%s","key":"%s"}]}`
+	keyIDMark = `"key_ID":"`
+)
+
+// bare serves any POST on -listen with an answer as long as that of GetKey, over
+// plain net/http and the TLS configuration of a node, until ctx ends.
+func bare(ctx context.Context, args []string) error {
+	fs := flag.NewFlagSet("bench bare", flag.ContinueOnError)
+	listen := fs.String("listen", "", "`address:port`")
+	var f pki.Files
+	fs.StringVar(&f.CA, "ca", "", "CA `file` of the clients")
+	fs.StringVar(&f.Cert, "cert", "", "certificate `file`")
+	fs.StringVar(&f.Key, "key", "", "key `file`")
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	t, err := pki.Server(f, quiet())
+	if err != nil {
+		return err
+	}
+	t.NextProtos = []string{"http/1.1"}
+	body := fmt.Appendf(nil, bodyForm, key.ID{15: 1}, strings.Repeat("A", 43)+"=")
+	srv := &http.Server{TLSConfig: t, ReadHeaderTimeout: bound, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, err := io.Copy(io.Discard, r.Body); err != nil {
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+		_, _ = w.Write(body) // the client sees what is missing
+	})}
+	l, err := net.Listen("tcp", *listen)
+	if err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
+	defer stop()
+	if err := srv.ServeTLS(l, "", ""); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// caller is one client with connections of its own, to either node.
+type caller struct {
+	http [2]*http.Client
+	ids  []key.ID // of the keys that GetKey gave
+	body bytes.Buffer
+	took []time.Duration
+}
+
+// callers makes two clients per processor.
+func (l *lab) callers(reconnect bool) ([]*caller, error) {
+	out := make([]*caller, 2*runtime.NumCPU())
+	for i := range out {
+		out[i] = &caller{}
+		for node := range out[i].http {
+			t, err := pki.KMEClient(l.sae(node), false, quiet())
+			if err != nil {
+				return nil, err
+			}
+			out[i].http[node] = &http.Client{Timeout: bound, Transport: &http.Transport{TLSClientConfig: t, DisableKeepAlives: reconnect, DisableCompression: true}}
+		}
+	}
+	return out, nil
+}
+
+func closeAll(cs []*caller) {
+	for _, c := range cs {
+		for _, h := range c.http {
+			h.CloseIdleConnections()
+		}
+	}
+}
+
+// call posts body to a node's client and gives the Key-ID of the answer.
+func (c *caller) call(node int, url, body string) (key.ID, error) {
+	resp, err := c.http[node].Post(url, "application/json", strings.NewReader(body))
+	if err != nil {
+		return key.ID{}, err
+	}
+	c.body.Reset()
+	if _, err := c.body.ReadFrom(resp.Body); err != nil {
+		return key.ID{}, err
+	}
+	if err := resp.Body.Close(); err != nil {
+		return key.ID{}, err
+	}
+	answer := c.body.Bytes()
+	at := bytes.Index(answer, []byte(keyIDMark)) + len(keyIDMark)
+	if resp.StatusCode != http.StatusOK || at < len(keyIDMark) || len(answer) != len(bodyForm)-4+36+44 {
+		return key.ID{}, fmt.Errorf("%s: %s, %d bytes", url, resp.Status, len(answer))
+	}
+	return key.ParseID(string(answer[at : at+36]))
+}
+
+// work is one thing to measure: a call or two.
+type work func(c *caller) error
+
+// supply is what the supply rows measure and what stands beside it.
+type supply struct {
+	*lab
+	bare [2]string // URLs
+}
+
+// getKeys asks node a.
+func (s *supply) getKeys(c *caller) error {
+	id, err := c.call(0, s.url(0)+"/api/v1/keys/b-te/enc_keys", getKey)
+	if err == nil {
+		c.ids = append(c.ids, id)
+	}
+	return err
+}
+
+func (s *supply) bareCalls(c *caller) error {
+	id, err := c.call(0, s.bare[0], getKey)
+	if err == nil {
+		c.ids = append(c.ids, id)
+	}
+	return err
+}
+
+// bothSides asks node a, and then node b for the same key.
+func (s *supply) bothSides(c *caller) error {
+	id, err := c.call(0, s.url(0)+"/api/v1/keys/b-te/enc_keys", getKey)
+	if err != nil {
+		return err
+	}
+	again, err := c.call(1, s.url(1)+"/api/v1/keys/a-te/dec_keys", fmt.Sprintf(getWithID, id))
+	if err == nil && again != id {
+		err = fmt.Errorf("asked for %s, got %s", id, again)
+	}
+	return err
+}
+
+func (s *supply) bareTwice(c *caller) error {
+	id, err := c.call(0, s.bare[0], getKey)
+	if err != nil {
+		return err
+	}
+	_, err = c.call(1, s.bare[1], fmt.Sprintf(getWithID, id))
+	return err
+}
+
+// turn is what one slice of work came to.
+type turn struct{ rate, p50, p99 float64 } // calls/s, µs, µs
+
+// drive runs do from all callers at once for d.
+func drive(ctx context.Context, cs []*caller, do work, d time.Duration) (turn, error) {
+	var wg sync.WaitGroup
+	errs := make([]error, len(cs))
+	start := time.Now()
+	for i, c := range cs {
+		c.took = c.took[:0]
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				begin := time.Now()
+				if begin.Sub(start) >= d {
+					return
+				}
+				if errs[i] = do(c); errs[i] != nil {
+					return
+				}
+				c.took = append(c.took, time.Since(begin))
+			}
+			errs[i] = ctx.Err()
+		})
+	}
+	wg.Wait()
+	took := time.Since(start)
+	if err := errors.Join(errs...); err != nil {
+		return turn{}, err
+	}
+	var all []time.Duration
+	for _, c := range cs {
+		all = append(all, c.took...)
+	}
+	slices.Sort(all)
+	µs := func(q int) float64 { return float64(all[len(all)*q/100].Nanoseconds()) / 1000 }
+	return turn{float64(len(all)) / took.Seconds(), µs(50), µs(99)}, nil
+}
+
+// drain fetches at node b what was supplied at node a, so that no round finds
+// more keys waiting than the one before.
+func (s *supply) drain(ctx context.Context, slave *etsi014.Client, cs []*caller) error {
+	for _, c := range cs {
+		for ids := range slices.Chunk(c.ids, 128) {
+			keys, err := slave.GetKeyWithID(ctx, "a-te", ids, 256)
+			key.WipeAll(keys)
+			if err != nil {
+				return fmt.Errorf("fetch at node b what node a supplied: %w", err)
+			}
+		}
+		c.ids = c.ids[:0]
+	}
+	return nil
+}
+
+// compare lets ours and reference take turns; who begins changes.
+func (s *supply) compare(ctx context.Context, o options, reconnect bool, ours, reference work) (value, ref []turn, err error) {
+	t, err := pki.KMEClient(s.sae(1), false, quiet())
+	if err != nil {
+		return nil, nil, err
+	}
+	slave, err := etsi014.NewClient(etsi014.ClientConfig{URL: s.url(1), TLS: t})
+	if err != nil {
+		return nil, nil, err
+	}
+	defer slave.Close()
+	cs, err := s.callers(reconnect)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer closeAll(cs)
+	for round := -1; round < o.rounds; round++ { // the first one warms up
+		if err := s.topUp(ctx, 40_000); err != nil {
+			return nil, nil, err
+		}
+		var got [2]turn
+		for i := range got {
+			which := (i + round + 2) % 2
+			if got[which], err = drive(ctx, cs, [2]work{ours, reference}[which], o.slice); err != nil {
+				return nil, nil, err
+			}
+			if which == 1 {
+				for _, c := range cs {
+					c.ids = c.ids[:0] // the bare server's
+				}
+			} else if err := s.drain(ctx, slave, cs); err != nil {
+				return nil, nil, err
+			}
+		}
+		if round >= 0 {
+			value, ref = append(value, got[0]), append(ref, got[1])
+		}
+	}
+	return value, ref, nil
+}
+
+func column(turns []turn, of func(turn) float64) sample {
+	out := make(sample, len(turns))
+	for i, t := range turns {
+		out[i] = of(t)
+	}
+	return out
+}
+
+// newSupply starts two nodes and, with each one's certificate, a bare server.
+func newSupply(ctx context.Context, o options) (*supply, error) {
+	l, err := newLab(ctx, o, 0, func(s string) string { return s }, func(int) []string { return nil })
+	if err != nil {
+		return nil, err
+	}
+	s := &supply{lab: l}
+	self, err := os.Executable()
+	for i, node := range []string{"a", "b"} {
+		p := l.dir + "/" + node + "/pki/"
+		if err == nil {
+			err = l.spawn(self, "bare", "-listen", l.ip[i]+":8443", "-ca", p+"sae-ca.crt", "-cert", p+"kme.crt", "-key", p+"kme.key")
+		}
+		s.bare[i] = "https://" + l.ip[i] + ":8443/api/v1/keys/b-te/enc_keys"
+		if err == nil {
+			err = await(ctx, "the bare server", func() error {
+				c, err := net.Dial("tcp", l.ip[i]+":8443")
+				if err == nil {
+					err = c.Close()
+				}
+				return err
+			})
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(err, l.close())
+	}
+	return s, nil
+}
+
+// supplyRows measures the calls of SAEs, and the set-up of tunnels with keys of
+// the same nodes.
+func supplyRows(ctx context.Context, o options, t *table) (err error) {
+	s, err := newSupply(ctx, o)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.close()) }()
+	rate := func(t turn) float64 { return t.rate }
+	for _, r := range []struct {
+		name            string
+		reconnect       bool
+		ours, reference work
+		against         string
+		least, p99      float64
+	}{
+		{"GetKey over mTLS, keep-alive, durable, sealed", false, s.getKeys, s.bareCalls, "bare mTLS handler", 0.6, 3},
+		{"GetKey, a new connection per call", true, s.getKeys, s.bareCalls, "bare mTLS handler", 0.9, 0},
+		{"GetKey + GetKeyWithID across two nodes", false, s.bothSides, s.bareTwice, "two bare calls", 0.5, 0},
+	} {
+		value, ref, err := s.compare(ctx, o, r.reconnect, r.ours, r.reference)
+		if err != nil {
+			return fmt.Errorf("%s: %w", r.name, err)
+		}
+		t.add(r.name, "1/s", column(value, rate), column(ref, rate), r.against, goal{least: r.least})
+		p50, p99 := func(t turn) float64 { return t.p50 }, func(t turn) float64 { return t.p99 }
+		t.add(r.name+": median", "µs", column(value, p50), column(ref, p50), r.against, goal{})
+		t.add(r.name+": p99", "µs", column(value, p99), column(ref, p99), r.against, goal{most: r.p99})
+	}
+	return tunnelRow(ctx, o, s.lab, t)
+}

@@ -1,0 +1,139 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"text/tabwriter"
+)
+
+// sample is one number of several rounds.
+type sample []float64
+
+// quantile gives the value below which the share q of the rounds lies, between
+// the two nearest ones; NaN without rounds.
+func (s sample) quantile(q float64) float64 {
+	if len(s) == 0 {
+		return math.NaN()
+	}
+	v := slices.Sorted(slices.Values(s))
+	at := q * float64(len(v)-1)
+	low := int(at)
+	if low+1 == len(v) {
+		return v[low]
+	}
+	return v[low] + (at-float64(low))*(v[low+1]-v[low])
+}
+
+func (s sample) median() float64 { return s.quantile(0.5) }
+
+// row is one line of the table and of the JSON file.
+type row struct {
+	Name      string   `json:"name"`
+	Unit      string   `json:"unit"`
+	Value     float64  `json:"value"`
+	Reference *float64 `json:"reference"` // null: there is none
+	Ratio     *float64 `json:"ratio"`
+	Target    *float64 `json:"target"` // of the ratio; of the value without a reference
+	Met       *bool    `json:"met"`    // null: not gated
+
+	against, goal   string
+	spread, refRead string
+}
+
+// goal is what a row is held against; the zero value is none.
+type goal struct {
+	least, most float64 // of the ratio, or of the value without a reference
+}
+
+// table collects the rows.
+type table struct{ rows []row }
+
+// add takes the rounds of a row and of its reference, in pairs: the ratio is the
+// median of the pairs' ratios, so that what the machine does meanwhile, which
+// both members of a pair see, counts little. reference may have one value only,
+// a published one, or none.
+func (t *table) add(name, unit string, value, reference sample, against string, g goal) {
+	r := row{Name: name, Unit: unit, Value: value.median(), against: against, spread: spread(value)}
+	held := r.Value
+	if len(reference) > 0 {
+		ratios := make(sample, len(value))
+		for i := range value {
+			ratios[i] = value[i] / reference[min(i, len(reference)-1)]
+		}
+		ref, ratio := reference.median(), ratios.median()
+		r.Reference, r.Ratio, held = &ref, &ratio, ratio
+		r.refRead = spread(reference)
+	}
+	switch {
+	case g.least > 0:
+		met := held >= g.least
+		r.Target, r.Met, r.goal = &g.least, &met, fmt.Sprintf(">= %.4g", g.least)
+	case g.most > 0:
+		met := held <= g.most
+		r.Target, r.Met, r.goal = &g.most, &met, fmt.Sprintf("<= %.4g", g.most)
+	}
+	t.rows = append(t.rows, r)
+}
+
+// spread shows median and quartiles.
+func spread(s sample) string {
+	if len(s) == 1 {
+		return fmt.Sprintf("%.4g", s[0])
+	}
+	return fmt.Sprintf("%.4g (%.4g-%.4g)", s.median(), s.quantile(0.25), s.quantile(0.75))
+}
+
+func (t *table) print(w io.Writer) {
+	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tw, "what\tunit\tmedian (quartiles)\treference\tratio\ttarget\t")
+	for _, r := range t.rows {
+		ref, ratio, verdict := "-", "-", ""
+		if r.Reference != nil {
+			ref, ratio = r.refRead+" "+r.against, fmt.Sprintf("%.2f", *r.Ratio)
+		}
+		if r.Met != nil {
+			verdict = r.goal + " missed"
+			if *r.Met {
+				verdict = r.goal + " met"
+			}
+		}
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t\n", r.Name, r.Unit, r.spread, ref, ratio, verdict)
+	}
+	_ = tw.Flush() // w is a terminal or a buffer
+}
+
+// write puts the rows into a JSON file.
+func (t *table) write(name string) error {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	e.SetIndent("", "  ")
+	if err := e.Encode(t.rows); err != nil {
+		return fmt.Errorf("rows as JSON: %w", err)
+	}
+	return os.WriteFile(name, b.Bytes(), 0o644)
+}
+
+// machine says where the numbers come from and what else ran there.
+func machine(w io.Writer) {
+	model, load := "unknown processor", "unknown load"
+	if b, err := os.ReadFile("/proc/cpuinfo"); err == nil {
+		for line := range strings.Lines(string(b)) {
+			if name, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+				model = strings.TrimSpace(v)
+				break
+			}
+		}
+	}
+	if b, err := os.ReadFile("/proc/loadavg"); err == nil {
+		load = "load before " + strings.Join(strings.Fields(string(b))[:3], " ")
+	}
+	fmt.Fprintf(w, "%s, %d processors, %s, %s\n", model, runtime.NumCPU(), runtime.Version(), load)
+}
