@@ -193,7 +193,7 @@ func (p *pool) destroyMissing(ctx context.Context, missing []uint64) error {
 // memory, then the acknowledgement. With the turn.
 func (p *pool) onLease(ctx context.Context, r type1.LeaseRequest) (type1.LeaseResponse, error) {
 	none := type1.LeaseResponse{}
-	if err := p.checkLink(r.Link); err != nil {
+	if err := p.checkStart(r.Link, r.Generation); err != nil {
 		return none, err
 	}
 	after, mark := key.Position(r.After), key.Position(r.Mark)

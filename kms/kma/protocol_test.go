@@ -290,6 +290,9 @@ func TestSessionRules(t *testing.T) {
 	if _, err := s.ag.Sync(t.Context(), "a", type1.SyncRequest{Pool: uuid.New()}); code(err) != type1.NotAuthorised {
 		t.Errorf("an unknown pool: %v", err)
 	}
+	if _, err := s.ag.Lease(t.Context(), "a", type1.LeaseRequest{Pool: pairID, Link: s.link(), Generation: 6, Mark: type1.Position(key.At(1, 4)), Purpose: "supply"}); code(err) != type1.NotSynced {
+		t.Errorf("a lease of another start: %v", err)
+	}
 	if _, err := s.lease(t, 0, key.At(1, 6), 1); err != nil {
 		t.Fatal(err)
 	}
@@ -306,7 +309,7 @@ func TestSessionRules(t *testing.T) {
 	if i := s.info(s.b); i.PeerMark != key.At(1, 8) || i.Active == 0 {
 		t.Errorf("after the meeting: %+v", i)
 	}
-	if _, err := s.ag.Burn(t.Context(), "a", type1.BurnRequest{Pool: pairID, Link: s.link(), UpTo: type1.Position(key.At(1, 8))}); err != nil {
+	if _, err := s.ag.Burn(t.Context(), "a", type1.BurnRequest{Pool: pairID, Link: s.link(), Generation: 6, UpTo: type1.Position(key.At(1, 8))}); err != nil {
 		t.Fatal(err)
 	}
 	if _, _, err := s.ag.Claim("a", pairID, key.At(1, 2), one.IDs[2]); !errors.Is(err, ErrGone) {

@@ -18,8 +18,20 @@ func (p *pool) link() type1.Link { return type1.Link{From: p.a.instance, To: p.p
 // checkLink refuses what was not sent by the peer's process that we met to the
 // one that we are. The caller has the turn.
 func (p *pool) checkLink(l type1.Link) error {
-	if l.To != p.a.instance || l.From != p.peerInstance {
+	if l.To != p.a.instance || l.From != p.peerInstance || l.From == uuid.Nil {
 		return &type1.Problem{Code: type1.NotSynced, Detail: "the message is not from or to the instances of this session"}
+	}
+	return nil
+}
+
+// checkStart is checkLink for messages that also name the start of the peer's
+// store. The caller has the turn.
+func (p *pool) checkStart(l type1.Link, generation uint64) error {
+	if err := p.checkLink(l); err != nil {
+		return err
+	}
+	if generation != p.peerGeneration {
+		return &type1.Problem{Code: type1.NotSynced, Detail: "the generation is not that of your sync"}
 	}
 	return nil
 }
@@ -132,7 +144,7 @@ func (p *pool) onSync(ctx context.Context, r type1.SyncRequest) (type1.SyncRespo
 
 // onBurn destroys what the peer's lost leases left here; with the turn.
 func (p *pool) onBurn(ctx context.Context, r type1.BurnRequest) (type1.BurnResponse, error) {
-	if err := p.checkLink(r.Link); err != nil {
+	if err := p.checkStart(r.Link, r.Generation); err != nil {
 		return type1.BurnResponse{}, err
 	}
 	upTo := key.Position(r.UpTo)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 
 	"github.com/google/uuid"
 
@@ -121,8 +122,8 @@ func (s *SyncState) check() error {
 	if s.Instance == uuid.Nil {
 		return errors.New("type1: sync names no instance")
 	}
-	if s.NewestSeq > key.MaxSeq {
-		return errors.New("type1: newest_seq is out of range")
+	if s.NewestSeq > key.MaxSeq || s.Generation > math.MaxInt64 { // SQL's integers are signed
+		return errors.New("type1: newest_seq or generation is out of range")
 	}
 	for _, rs := range [][]Range{s.Received, s.Active} {
 		if len(rs) > MaxRanges {

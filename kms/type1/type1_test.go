@@ -295,6 +295,7 @@ func TestMalformed(t *testing.T) {
 		{"no instance", "POST", PathLease, sub(link.From.String(), uuid.Nil.String()), 400},
 		{"tag size", "POST", PathValidateKey, `{"pool":"` + poolID.String() + `","from":"` + link.From.String() + `","to":"` + link.To.String() + `","algorithm":"poly1305","items":[{"seq":1,"tag":"AAAA"}]}`, 400},
 		{"ranges overlap", "POST", PathSync, `{"pool":"` + poolID.String() + `","instance":"` + link.From.String() + `","active":[[1,3],[3,4]]}`, 400},
+		{"generation", "POST", PathSync, `{"pool":"` + poolID.String() + `","instance":"` + link.From.String() + `","generation":9223372036854775808}`, 400},
 		{"range reversed", "POST", PathSync, `{"pool":"` + poolID.String() + `","instance":"` + link.From.String() + `","active":[[3,1]]}`, 400},
 		{"notice with no SAE", "POST", PathSupplyNotice, `{"notices":[{"pool":"` + poolID.String() + `"}]}`, 400},
 	}
