@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/google/uuid"
@@ -17,21 +18,29 @@ import (
 
 // link plays a device at the far end of the control interface.
 type link struct {
+	mu    sync.Mutex
 	s     control.Status
+	down  bool
 	asked int
 	did   string
 }
 
-func (l *link) Status() control.Status { return l.s }
+func (l *link) Status() control.Status {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.s
+}
 func (l *link) Generate(n int) error   { l.asked += n; return nil }
 func (l *link) Init()                  { l.did += "init " }
 func (l *link) Stop()                  { l.did += "stop " }
 
 func TestDeviceOverItsControl(t *testing.T) {
 	l := &link{}
-	down := false
 	h := control.NewHandler(func(*http.Request) (string, error) { return "a", nil }, map[string]control.Device{"a": l}, quiet())
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		l.mu.Lock()
+		down := l.down
+		l.mu.Unlock()
 		if down {
 			panic(http.ErrAbortHandler)
 		}
@@ -62,7 +71,9 @@ func TestDeviceOverItsControl(t *testing.T) {
 		{say: control.Status{State: "dreaming"}, state: "dreaming", severity: "fault"},
 	} {
 		before := len(r.ring.Latest(100, about("")))
-		l.s, down = c.say, c.down
+		l.mu.Lock()
+		l.s, l.down = c.say, c.down
+		l.mu.Unlock()
 		d.ask(t.Context(), pool, q)
 		if got := d.last(pool); got == nil || got.State != c.state || got.QBER != c.say.QBER || got.Rate != c.say.Rate {
 			t.Errorf("%d: %+v", i, got)
@@ -75,7 +86,6 @@ func TestDeviceOverItsControl(t *testing.T) {
 			t.Errorf("%d: want %s, got %+v", i, c.severity, events)
 		}
 	}
-	down = false
 	if err := errors.Join(q.Generate(t.Context(), 1000), q.Init(t.Context()), q.Stop(t.Context())); err != nil || l.asked != 1000 || l.did != "init stop " {
 		t.Errorf("%v: %d bytes, %s", err, l.asked, l.did)
 	}
