@@ -30,9 +30,9 @@ func (l *link) Status() control.Status {
 	defer l.mu.Unlock()
 	return l.s
 }
-func (l *link) Generate(n int) error   { l.asked += n; return nil }
-func (l *link) Init()                  { l.did += "init " }
-func (l *link) Stop()                  { l.did += "stop " }
+func (l *link) Generate(n int) error { l.asked += n; return nil }
+func (l *link) Init()                { l.did += "init " }
+func (l *link) Stop()                { l.did += "stop " }
 
 func TestDeviceOverItsControl(t *testing.T) {
 	l := &link{}
