@@ -151,6 +151,10 @@ func (in *intake) load(ctx context.Context, d *intakeDir, name string) (keyfile.
 		return keyfile.Header{}, err
 	}
 	defer text.Wipe()
+	if in.spent(ctx, name, text.Bytes()) {
+		in.p.log.Info("removed what a crash had left of a QKD-Key file that was taken in before", "file", name)
+		return keyfile.Header{}, nil
+	}
 	f, h, err := keyfile.Decode(text.Bytes(), d.maxSize)
 	if err != nil {
 		return h, err
@@ -165,6 +169,17 @@ func (in *intake) load(ctx context.Context, d *intakeDir, name string) (keyfile.
 	}
 	defer b.Keys.Wipe()
 	return h, in.p.put(ctx, &b)
+}
+
+// spent tells a file of ours that destroy had begun to overwrite: its seq was
+// taken in, and it begins with a zero byte, as no text does.
+func (in *intake) spent(ctx context.Context, name string, text []byte) bool {
+	pair, seq, err := keyfile.ParseName(name)
+	if err != nil || pair != in.p.ID || text[0] != 0 {
+		return false
+	}
+	info, err := in.p.a.o.Store.Pool(ctx, pair)
+	return err == nil && seq <= info.NewestSeq
 }
 
 // fits checks that a good file is one of this pool's.

@@ -438,3 +438,28 @@ func TestCrashBetweenStoreAndUnlink(t *testing.T) {
 		t.Errorf("%d keys, want the 4 of one file", i.Received)
 	}
 }
+
+// TestCrashBetweenOverwriteAndUnlink: what is left has no content any more, and
+// says nothing against the feeder. A file of zeros that was not taken in does.
+func TestCrashBetweenOverwriteAndUnlink(t *testing.T) {
+	s := newSite(t, nil)
+	text := s.text(t, 1, nil)
+	name := keyfile.Name(pairID, 1)
+	s.put(t, name, text, 0o600)
+	s.w.want("the file taken in", func() bool { return s.newest() == 1 && !exists(filepath.Join(s.intake(), name)) })
+	s.w.kill(s.w.a)
+	for n, seq := range map[string]uint64{"zeroed": 1, "half zeroed": 1, "never seen": 2} {
+		left := make([]byte, len(text))
+		if n == "half zeroed" {
+			copy(left[len(left)/2:], text[len(text)/2:])
+		}
+		name := keyfile.Name(pairID, seq)
+		s.put(t, name, left, 0o600)
+		s.w.start(s.w.a, nil)
+		s.w.want("the file away", func() bool { return !exists(filepath.Join(s.intake(), name)) })
+		s.w.kill(s.w.a)
+		if got := s.r.of(name); (len(got) > 0) != (seq == 2) {
+			t.Errorf("%s: refused: %q", n, got)
+		}
+	}
+}

@@ -215,6 +215,9 @@ func (p *pool) onLease(ctx context.Context, r type1.LeaseRequest) (type1.LeaseRe
 	if mark.Seq() > info.NewestSeq {
 		return none, &type1.Problem{Code: type1.NotValidated, Detail: "the lease goes beyond what this node has taken in"}
 	}
+	// From here on to the end, even if the owner hangs up: its repeat would find
+	// the mark and no keys, and the lease would be burned.
+	ctx = context.WithoutCancel(ctx)
 	if err := store.Advance(ctx, p.ID, Other, mark, r.Purpose, r.Generation); err != nil {
 		return none, fmt.Errorf("kma: peer's lease up to %s: %w", mark, err)
 	}

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"reflect"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -111,7 +112,13 @@ type slave struct {
 
 func newSlave(t *testing.T, keep func(uuid.UUID, key.Position) []key.ID) *slave {
 	t.Helper()
+	return newSlaveWith(t, keep, nil)
+}
+
+func newSlaveWith(t *testing.T, keep func(uuid.UUID, key.Position) []key.ID, tune func(*Options)) *slave {
+	t.Helper()
 	w := newWorld(t, nil)
+	w.b.tune = tune
 	p := w.start(w.b, keep)
 	t.Cleanup(func() { w.halt(w.b) })
 	s := &slave{world: w, ag: p.agent, me: uuid.New(), it: p.agent.instance, events: w.b.events}
@@ -266,6 +273,45 @@ func TestLeaseRules(t *testing.T) {
 	if _, err := s.lease(t, at(10), key.At(3, 3), 3); code(err) != type1.Conflict {
 		t.Errorf("another lease from the same place: %v", err)
 	}
+}
+
+// hangUp is a store whose caller hangs up in the middle of a lease.
+type hangUp struct {
+	Store
+	after atomic.Pointer[context.CancelFunc]
+}
+
+func (h *hangUp) Advance(ctx context.Context, pool uuid.UUID, side Side, mark key.Position, purpose string, generation uint64) error {
+	err := h.Store.Advance(ctx, pool, side, mark, purpose, generation)
+	if f := h.after.Swap(nil); f != nil {
+		(*f)()
+	}
+	return err
+}
+
+// TestLeaseOfAnOwnerThatHangsUp: between the mark and the keys nothing comes
+// from outside, or the repeat would find the mark and no keys, and all of them
+// would be burned.
+func TestLeaseOfAnOwnerThatHangsUp(t *testing.T) {
+	h := &hangUp{}
+	s := newSlaveWith(t, nil, func(o *Options) { h.Store, o.Store = o.Store, h })
+	one := s.file(t, 1, 20)
+	s.verdicts(t, one)
+	ctx, cancel := context.WithCancel(t.Context())
+	h.after.Store(&cancel)
+	mark := key.At(1, 6)
+	_, err := s.ag.Lease(ctx, "a", type1.LeaseRequest{Pool: pairID, Link: s.link(), Generation: 5, Purpose: type1.PurposeSupply, Mark: type1.Position(mark), Seqs: []uint64{1}})
+	if ctx.Err() == nil {
+		t.Fatal("the call was not cut off")
+	}
+	if r, err2 := s.lease(t, 0, mark, 1); err2 != nil || r.Mark != type1.Position(mark) {
+		t.Fatalf("the repeat: %+v, %v (the call that was cut off: %v)", r, err2, err)
+	}
+	m, _, err := s.ag.Claim("a", pairID, key.At(1, 2), one.IDs[2])
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Wipe()
 }
 
 func TestSessionRules(t *testing.T) {
