@@ -3,14 +3,18 @@ SHELL := /bin/bash
 BIN := bin
 GOTOOL := go tool -modfile=scripts/tools/go.mod
 
-.PHONY: help build plugin demo demo-stage1 lab lab-down testbed testbed-shell testbed-down test check fuzz bench soak clean
+.PHONY: help build testtools plugin demo demo-stage1 lab lab-down testbed testbed-shell testbed-down test check fuzz bench soak clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 build: ## the programs, into bin/
 	@mkdir -p $(BIN)
-	@CGO_ENABLED=0 go build -trimpath -o $(BIN)/ ./cmd/...
+	@CGO_ENABLED=0 go build -trimpath -o $(BIN)/ ./cmd/qipsecd ./cmd/qkdsim ./cmd/qipsec
+
+testtools: # what the scenarios run besides
+	@mkdir -p $(BIN)
+	@CGO_ENABLED=0 go build -trimpath -o $(BIN)/ ./testenv/fakekme ./testenv/memscan ./testenv/rekeyer ./testenv/testrun
 
 plugin: ## charon's qipsec plugin, into bin/
 	@scripts/deps.sh build tunnel
@@ -43,7 +47,7 @@ testbed-down: ## stop the testbed
 
 test: ## every test
 	@scripts/deps.sh build tunnel
-	@$(MAKE) --no-print-directory build plugin check
+	@$(MAKE) --no-print-directory build testtools plugin check
 	@scripts/test.sh
 
 check: ## gofumpt, go vet, staticcheck
@@ -59,7 +63,7 @@ bench: build ## the table of measurements, each row beside its reference
 
 soak: ## the tests with full counts; COUNT and SEED override, PART names one
 	@scripts/deps.sh build tunnel
-	@$(MAKE) --no-print-directory build plugin
+	@$(MAKE) --no-print-directory build testtools plugin
 	@scripts/soak.sh
 
 clean: ## remove what was built

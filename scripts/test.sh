@@ -4,11 +4,11 @@
 # Logs: out/test/. The last line is "total: N passed, N failed, N skipped".
 set -euo pipefail
 cd "$(dirname "$0")/.."
-go build -o bin/testrun ./testenv/testrun
 exec bin/testrun -out out/test \
     "testenv/run testenv/stock.sh" \
     "testenv/run testenv/sad.sh" \
     "scripts/demo-stage1.sh" \
     "testenv/run testenv/demo.sh" \
+    "scripts/testbed-test.sh" \
     "testenv/run testenv/faults.sh" \
     "testenv/run testenv/rekeys.sh"
