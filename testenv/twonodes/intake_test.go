@@ -28,6 +28,7 @@ const (
 // become active, SAEs are served all the while, and nothing that a bad file
 // points at is touched.
 func TestBadFilesBesideGoodOnes(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, 3, "intake_interval = \"50ms\"\n")
 	s.up()
 	if err := s.feed(20_000); err != nil {

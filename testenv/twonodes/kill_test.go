@@ -15,12 +15,13 @@ const killsPerRound = 25 // between two looks at what both nodes hold
 
 // lost is what a log says when a block was given up or a store contradicts
 // itself: a crash is no reason for either.
-var lost = []string{"severity=alarm", "SYNC_DESTROYED", "LEASE_MISSING", "M102_", "damaged"}
+var lost = []string{"severity=alarm", "SYNC_DESTROYED", "LEASE_MISSING", "M102_", "KEYFILE_REFUSED", "damaged"}
 
 // kill -9 at random moments under load, in every phase from the start of a
 // daemon to its last lease: no Key-ID is supplied twice or with other bytes, and
 // whenever nobody takes keys for a moment both nodes agree about every key.
 func TestKill9(t *testing.T) {
+	t.Parallel()
 	// Small leases: more of them, and more kills that meet one.
 	s := newSite(t, 1, "intake_interval = \"50ms\"\nlease = 64\nratchet_keys = 2000\n")
 	s.nodes[0].never, s.nodes[1].never = lost, lost
@@ -133,6 +134,7 @@ func (s *site) pairEqual(l *ledger, node, number int, m, sl *etsi014.Client) {
 // after every few keys: no file is lost, none is taken in twice, and of the keys
 // only those of open leases are missing afterwards.
 func TestKill9DuringIntakeAndRatchet(t *testing.T) {
+	t.Parallel()
 	const (
 		lease   = 8
 		growth  = 8 // of a lease under load, at most

@@ -1,0 +1,202 @@
+#!/usr/bin/env bash
+# soak.sh: the tests with full counts, behind `make soak`.
+#
+# usage: [PART="NAME ..."] [COUNT=N] [SEED=N] [FRESH=1] scripts/soak.sh
+#
+#   kill9       two nodes under load, one or both killed 1,000 times (testenv/twonodes)
+#   full-speed  two nodes issue keys at full speed at once for 5 minutes
+#   rekeys      1,000 CHILD_SA rekeys under ping (testenv/rekeys.sh)
+#   faults      every fault of testenv/faults.sh
+#   fuzz        every fuzz target for 30 s
+#
+# COUNT overrides the counts of kill9 and rekeys and the seconds of full-speed.
+# Of kill9 and rekeys a few are measured first: where the full count would take
+# longer than the part's share of 90 minutes, the largest that does not is run,
+# and the table says so.
+#
+# A part that has passed at this commit, with no change since, is not run again
+# unless PART names it or FRESH=1 is set: after an interruption the next call
+# goes on. Results: out/soak.json and the same as a table, out/soak.txt; logs in
+# out/soak/. Exit status 0 only if every part has passed with its full count or
+# the largest that fits.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+all="kill9 full-speed rekeys faults fuzz"
+out=out/soak
+end=$((SECONDS + 90 * 60))
+seed=${SEED:-$((RANDOM * 32768 + RANDOM + 1))}
+commit=$(git rev-parse --short=12 HEAD)
+[ -z "$(git status --porcelain)" ] || commit+=+changes
+machine="$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1), Linux $(uname -r)"
+
+say() { printf 'soak: %s\n' "$*"; }
+
+# share SECONDS: those, or what is left of the 90 minutes.
+share() {
+    local left=$((end - SECONDS))
+    echo $(($1 < left ? $1 : left))
+}
+
+# fit WANTED SECONDS N TOOK_MS: how many of WANTED fit, if N took so long.
+fit() {
+    local most=$(($2 * 1000 * $3 / ($4 > 0 ? $4 : 1)))
+    echo $(($1 < most ? $1 : most))
+}
+
+ms() { date +%s%3N; }
+
+# twonodes SECONDS LOG TEST FLAGS...: passes progress on. -test.v streams.
+twonodes() {
+    local limit=$1 log=$2 test=$3
+    shift 3
+    timeout -k 10 "$limit" go test -count=1 -v -timeout "${limit}s" -run "^$test\$" ./testenv/twonodes "$@" 2>&1 |
+        tee "$log" | { grep --line-buffered -E '^ +[a-z_0-9]+\.go:[0-9]+: |^(---|FAIL|panic)' || true; }
+}
+
+part_kill9() {
+    local limit n=${COUNT:-1000} t
+    limit=$(share 2400)
+    wanted=$n
+    say "kill9: measuring 20 kills"
+    t=$(ms)
+    twonodes 300 "$out/kill9-measure.log" TestKill9 -kills 20 -seed "$seed" || return
+    t=$(($(ms) - t))
+    count=$(fit "$n" $((limit * 9 / 10)) 20 "$t") # the measured time has the build in it
+    [ "$count" -gt 0 ] || return
+    say "kill9: $count kills of $n wanted, $((t / 20)) ms for one at first"
+    twonodes "$limit" "$out/kill9.log" TestKill9 -kills "$count" -seed "$seed" || return
+    note=$(sed -nE 's/.*: ([0-9]+ kills in .* while both nodes supplied)$/\1/p' "$out/kill9.log" | tail -1)
+    note+="; $(grep -oE '[0-9]+ pairs equal, [0-9]+ keys stranded' "$out/kill9.log" | tail -1)"
+}
+
+part_full-speed() {
+    count=${COUNT:-300}
+    wanted=$count
+    twonodes $((count + 180)) "$out/full-speed.log" TestFullSpeed -load "${count}s" -seed "$seed" || return
+    note=$(sed -nE 's/.*: ([0-9.]+ keys\/s .*)$/\1/p' "$out/full-speed.log" | tail -1)
+}
+
+# rekeys SECONDS COUNT LOG: prints the milliseconds from the tunnel's set-up on.
+rekeys() {
+    local line start=0
+    COUNT=$2 TESTENV_TIMEOUT=$1 TESTENV_OUT=$out/rekeys testenv/run testenv/rekeys.sh 2>&1 | tee "$3" | {
+        while IFS= read -r line; do
+            case $line in
+            *'tunnel is up'*) start=$(ms) ;;
+            *rekeys | 'not ok'*) printf '%s\n' "$line" >&2 ;;
+            esac
+        done
+        echo $(($(ms) - start))
+    }
+}
+
+part_rekeys() {
+    local limit n=${COUNT:-1000} t
+    limit=$(share 1500)
+    seed_used=null
+    wanted=$n
+    say "rekeys: measuring 20"
+    t=$(rekeys 400 20 "$out/rekeys-measure.log") || return
+    count=$(fit "$n" $((limit - 180)) 20 "$t") # the set-up takes its time, too
+    [ "$count" -gt 0 ] || return
+    say "rekeys: $count of $n wanted, $((t / 20)) ms for one at first"
+    rekeys "$limit" "$count" "$out/rekeys.log" >/dev/null || return
+    note=$(sed -nE 's/^ok - ([0-9]+ rekeys .*)$/\1/p' "$out/rekeys.log" | tail -1)
+}
+
+part_faults() {
+    seed_used=null
+    TESTENV_TIMEOUT=$(share 1200) TESTENV_OUT=$out/faults testenv/run testenv/faults.sh >"$out/faults.log" 2>&1 || {
+        grep -E '^not ok' "$out/faults.log" || true
+        return 1
+    }
+    count=$(grep -c '^ok - ' "$out/faults.log")
+    wanted=$count
+    note="checks"
+}
+
+part_fuzz() {
+    seed_used=null
+    FUZZTIME=30s timeout -k 10 "$(share 1800)" scripts/fuzz.sh 2>&1 | tee "$out/fuzz.log" || return
+    count=$(sed -nE 's/^([0-9]+) targets.*/\1/p' "$out/fuzz.log")
+    wanted=$count
+    note="targets, 30 s each"
+}
+
+# json STRING: as a JSON string.
+json() {
+    local s=${1//\\/\\\\}
+    s=${s//\"/\\\"}
+    printf '"%s"' "$(tr -d '\000-\037' <<<"$s")"
+}
+
+# run PART: one part and its line in out/soak/PART.json. The part runs in the
+# condition of an if, where -e does not hold: every step of it says || return.
+run() {
+    local part=$1 began=$SECONDS result=passed count=0 wanted=0 note="" seed_used=$seed
+    say "$part begins"
+    if ! "part_$part"; then result=failed; fi
+    printf '{"part": %s, "count": %d, "wanted": %d, "seconds": %d, "result": %s, "seed": %s, "date": %s, "commit": %s, "cores": %d, "machine": %s, "note": %s}\n' \
+        "$(json "$part")" "$count" "$wanted" $((SECONDS - began)) "$(json "$result")" "$seed_used" "$(json "$(date -u +%FT%TZ)")" \
+        "$(json "$commit")" "$(nproc)" "$(json "$machine")" "$(json "$note")" >"$out/$part.json"
+    say "$part has $result (log: $out/$part.log)"
+}
+
+# passed PART: it has passed at this commit before.
+passed() {
+    [ "${FRESH:-}" != 1 ] && [[ $commit != *+changes ]] &&
+        grep -qs "\"result\": \"passed\".*\"commit\": \"$commit\"" "$out/$1.json"
+}
+
+value() { sed -nE "s/.*\"$2\": \"?([^\",}]*)\"?[,}].*/\1/p" "$out/$1.json"; }
+
+# sum_up: out/soak.json and the table, of all parts that have ever run here.
+sum_up() {
+    local part sep=""
+    {
+        printf '['
+        for part in $all; do
+            [ -e "$out/$part.json" ] || continue
+            printf '%s\n  %s' "$sep" "$(cat "$out/$part.json")"
+            sep=,
+        done
+        printf '\n]\n'
+    } >out/soak.json
+    {
+        printf '%-11s %-7s %7s %7s %8s  %-20s  %-12s  %s\n' part result count wanted seconds date commit note
+        for part in $all; do
+            if [ ! -e "$out/$part.json" ]; then
+                printf '%-11s %-7s\n' "$part" "not run"
+                continue
+            fi
+            printf '%-11s %-7s %7s %7s %8s  %-20s  %-12s  %s\n' "$part" "$(value "$part" result)" "$(value "$part" count)" "$(value "$part" wanted)" \
+                "$(value "$part" seconds)" "$(value "$part" date)" "$(value "$part" commit)" "$(sed -nE 's/.*"note": "(.*)"\}$/\1/p' "$out/$part.json")"
+            if [ "$(value "$part" count)" -lt "$(value "$part" wanted)" ]; then
+                printf '%-11s   the full count of %s does not fit into the time on this machine\n' "" "$(value "$part" wanted)"
+            fi
+        done
+        printf 'machine: %s cores, %s\n' "$(nproc)" "$machine"
+    } | tee out/soak.txt
+}
+
+main() {
+    local part failed=0
+    mkdir -p "$out"
+    for part in ${PART:-$all}; do
+        [[ " $all " == *" $part "* ]] || { say "no part is named '$part': $all"; exit 2; }
+    done
+    for part in ${PART:-$all}; do
+        if [ -z "${PART:-}" ] && passed "$part"; then
+            say "$part has passed at this commit before"
+            continue
+        fi
+        rm -f "$out/$part.json"
+        run "$part"
+        [ "$(value "$part" result)" = passed ] || failed=1
+    done
+    sum_up
+    exit "$failed"
+}
+
+main
