@@ -299,14 +299,14 @@ func (m *Manager) setBlocked(ctx context.Context, l *link, cause error) {
 	if cause == nil || was != nil && was.Error() == cause.Error() {
 		return
 	}
-	report(m.log, m.o.Events, Event{
-		Severity: Alarm, Code: EventPlugin,
-		Text: "required connections are blocked: " + cause.Error(),
-	})
 	for _, c := range m.o.Connections {
 		if c.Policy != Required {
 			continue
 		}
+		report(m.log, m.o.Events, Event{
+			Severity: Alarm, Code: EventPlugin, Connection: c.Name,
+			Text: fmt.Sprintf("connection %q is blocked: %v", c.Name, cause),
+		})
 		// Both may find nothing: charon may never have had them.
 		_ = l.client.UnloadConn(ctx, c.Name)
 		_ = l.client.TerminateConn(ctx, c.Name, 0)

@@ -30,7 +30,7 @@ check() {
 qipsec() {
     local n=$1 words=1
     shift
-    [ "$1" != tunnels ] || [ $# = 1 ] || words=2
+    case "$1 ${2:-}" in tunnels\ [!-]* | guard\ *) words=2 ;; esac
     node "$n" "$BIN/qipsec" "${@:1:words}" --config /run/etc/qipsecd.toml "${@:words + 1}"
 }
 
