@@ -56,7 +56,8 @@ func (p *pool) intake(ctx context.Context, scanned chan<- struct{}) {
 // intake is the state of one directory's goroutine.
 type intake struct {
 	p      *pool
-	down   bool            // the directory cannot be used, and an event has said so
+	down   bool            // nothing can be taken in, and an event has said so
+	why    string          // what the log said of it last
 	slot   int             // next number in refused/
 	logged int             // lines in this scan
 	odd    map[string]bool // entries that cannot be removed, and an event has said so
@@ -82,7 +83,7 @@ func (in *intake) scan(ctx context.Context) (more bool) {
 		in.trouble(err)
 		return false
 	}
-	in.down, in.logged = false, 0
+	in.logged = 0
 	good, other = in.skipOdd(good, other)
 	now := append(slices.Clip(good[:min(len(good), goodPerScan)]), other[:min(len(other), otherPerScan)]...)
 	for _, name := range now {
@@ -94,6 +95,7 @@ func (in *intake) scan(ctx context.Context) (more bool) {
 			return false
 		}
 	}
+	in.works()
 	return len(now) < len(good)+len(other)
 }
 
@@ -115,13 +117,26 @@ func (in *intake) skipOdd(good, other []string) (g, o []string) {
 	return g, o
 }
 
-// trouble reports that nothing can be taken in; once as an event.
+// trouble reports that nothing can be taken in: once as an event, and in the log
+// whenever the reason is another one than at the try before.
 func (in *intake) trouble(err error) {
-	in.p.log.Error("intake of QKD-Key files does not work; it is tried again", "err", err)
+	if in.why != err.Error() {
+		in.why = err.Error()
+		in.p.log.Error("intake of QKD-Key files does not work; it is tried again", "err", err)
+	}
 	if !in.down {
 		in.down = true
 		in.p.a.event("INTAKE_DOWN", "fault", "QKD-Key files cannot be taken in",
 			slog.String("pool", in.p.ID.String()), slog.String("err", err.Error()))
+	}
+}
+
+// works reports that what trouble said is over.
+func (in *intake) works() {
+	in.why = ""
+	if in.down {
+		in.down = false
+		in.p.a.event("INTAKE_BACK", "run", "QKD-Key files are taken in again", slog.String("pool", in.p.ID.String()))
 	}
 }
 

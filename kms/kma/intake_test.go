@@ -2,14 +2,17 @@ package kma
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -461,5 +464,42 @@ func TestCrashBetweenOverwriteAndUnlink(t *testing.T) {
 		if got := s.r.of(name); (len(got) > 0) != (seq == 2) {
 			t.Errorf("%s: refused: %q", n, got)
 		}
+	}
+}
+
+// fullDisk is a store that stores no block while it is full.
+type fullDisk struct {
+	Store
+	full  atomic.Bool
+	tries atomic.Int64
+}
+
+func (d *fullDisk) PutBlock(ctx context.Context, b Block) error {
+	d.tries.Add(1)
+	if d.full.Load() {
+		return errors.New("disk is full")
+	}
+	return d.Store.PutBlock(ctx, b)
+}
+
+// TestIntakeDownIsSaidOnce: a machine that cannot take files in for hours fills
+// neither the events nor the log, and keeps the files.
+func TestIntakeDownIsSaidOnce(t *testing.T) {
+	w := newWorld(t, nil)
+	d := &fullDisk{}
+	d.full.Store(true)
+	w.a.tune = func(o *Options) { d.Store, o.Store = o.Store, d }
+	w.start(w.a, nil)
+	t.Cleanup(func() { w.halt(w.a) })
+	w.feed(1, 8, nil)
+	w.want("many tries", func() bool { return d.tries.Load() > 10 })
+	if n, m := w.a.events.count("INTAKE_DOWN"), w.a.events.count("INTAKE_BACK"); n != 1 || m != 0 {
+		t.Errorf("%d events that intake is down, %d that it is back, after %d tries", n, m, d.tries.Load())
+	}
+	d.full.Store(false)
+	w.want("the file taken in", func() bool { return w.info(w.a).NewestSeq == 1 })
+	w.want("an event that says so", func() bool { return w.a.events.count("INTAKE_BACK") == 1 })
+	if n := w.a.events.count("INTAKE_DOWN"); n != 1 {
+		t.Errorf("%d events that intake is down", n)
 	}
 }
