@@ -296,6 +296,7 @@ type node struct {
 	t                 *testing.T
 	name, config, log string
 	op                *operator.Client
+	inside            []string // words before the command: where it runs
 	never             []string // what its log must not have, besides what none may
 
 	mu     sync.Mutex
@@ -328,7 +329,8 @@ func (n *node) start() {
 		n.t.Fatal(err)
 	}
 	defer f.Close()
-	cmd := exec.Command(filepath.Join(bin, "qipsecd"), "-config", n.config)
+	words := append(n.inside[:len(n.inside):len(n.inside)], filepath.Join(bin, "qipsecd"), "-config", n.config)
+	cmd := exec.Command(words[0], words[1:]...)
 	cmd.Stdout, cmd.Stderr = f, f
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	started := make(chan error)
@@ -364,6 +366,19 @@ func (n *node) kill() error {
 	}
 	<-done
 	return nil
+}
+
+// ended reports whether the daemon has ended by itself.
+func (n *node) ended() bool {
+	n.mu.Lock()
+	done := n.done
+	n.mu.Unlock()
+	select {
+	case <-done:
+		return true
+	default:
+		return false
+	}
 }
 
 // end kills the daemon after the test and looks for what must be in no log.
