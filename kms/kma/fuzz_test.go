@@ -42,8 +42,10 @@ func FuzzPeer(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	h, err := type1.NewHandler(type1.HandlerOptions{Agent: a, Supply: noSupply{}, Log: log, PeerOf: a.PeerOf,
-		Peer: func(*http.Request) (string, error) { return "a", nil }})
+	h, err := type1.NewHandler(type1.HandlerOptions{
+		Agent: a, Supply: noSupply{}, Log: log, PeerOf: a.PeerOf,
+		Peer: func(*http.Request) (string, error) { return "a", nil },
+	})
 	if err != nil {
 		f.Fatal(err)
 	}

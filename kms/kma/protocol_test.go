@@ -12,7 +12,8 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"golang.org/x/crypto/poly1305" //nolint:staticcheck // see the package comment
+	//lint:ignore SA1019 see the package comment
+	"golang.org/x/crypto/poly1305"
 
 	"github.com/q-ipsec/q-ipsec/kms/key"
 	"github.com/q-ipsec/q-ipsec/kms/keyfile"
@@ -181,8 +182,10 @@ func (s *slave) verdicts(t *testing.T, blocks ...Block) []type1.Verdict {
 
 func (s *slave) lease(t *testing.T, after, mark key.Position, seqs ...uint64) (type1.LeaseResponse, error) {
 	t.Helper()
-	return s.ag.Lease(t.Context(), "a", type1.LeaseRequest{Pool: pairID, Link: s.link(), Generation: 5, Purpose: type1.PurposeSupply,
-		After: type1.Position(after), Mark: type1.Position(mark), Floor: type1.Position(after), Seqs: seqs})
+	return s.ag.Lease(t.Context(), "a", type1.LeaseRequest{
+		Pool: pairID, Link: s.link(), Generation: 5, Purpose: type1.PurposeSupply,
+		After: type1.Position(after), Mark: type1.Position(mark), Floor: type1.Position(after), Seqs: seqs,
+	})
 }
 
 func TestVerdicts(t *testing.T) {

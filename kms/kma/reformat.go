@@ -9,7 +9,8 @@ import (
 	"hash"
 
 	"github.com/google/uuid"
-	"golang.org/x/crypto/poly1305" //nolint:staticcheck // deprecated for misuse only; the package comment says why it is right here
+	//lint:ignore SA1019 deprecated for misuse only; the package comment says why it is right here
+	"golang.org/x/crypto/poly1305"
 
 	"github.com/q-ipsec/q-ipsec/kms/key"
 	"github.com/q-ipsec/q-ipsec/kms/keyfile"
