@@ -84,7 +84,7 @@ rekeys() {
         while IFS= read -r line; do
             case $line in
             *'tunnel is up'*) start=$(ms) ;;
-            *rekeys | 'not ok'*) printf '%s\n' "$line" >&2 ;;
+            *rekeys | 'not ok'* | FAIL*) printf '%s\n' "$line" >&2 ;;
             esac
         done
         echo $(($(ms) - start))
@@ -102,7 +102,7 @@ part_rekeys() {
     [ "$count" -gt 0 ] || return
     say "rekeys: $count of $n wanted, $((t / 20)) ms for one at first"
     rekeys "$limit" "$count" "$out/rekeys.log" >/dev/null || return
-    note=$(sed -nE 's/^ok - ([0-9]+ rekeys .*)$/\1/p' "$out/rekeys.log" | tail -1)
+    note=$(sed -nE 's/^ok - (a ping .*)$/\1/p; s/.*, (a rekey took .*)$/\1/p' "$out/rekeys.log" | tail -2 | paste -sd';')
 }
 
 part_faults() {

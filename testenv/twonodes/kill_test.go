@@ -4,11 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/q-ipsec/q-ipsec/kms/etsi014"
 	"github.com/q-ipsec/q-ipsec/kms/key"
+	"github.com/q-ipsec/q-ipsec/kms/operator"
 )
 
 const killsPerRound = 25 // between two looks at what both nodes hold
@@ -185,5 +187,73 @@ func TestKill9DuringIntakeAndRatchet(t *testing.T) {
 	}
 	if burned > most {
 		t.Errorf("%d keys are missing", burned)
+	}
+}
+
+// Keys that no slave SAE fetches are gone at both nodes when their time is over,
+// and counted; so are those whose notice outlived a crash of the master's node.
+func TestStrandedKeysEnd(t *testing.T) {
+	t.Parallel()
+	const n = 20
+	s := newSite(t, 6, "intake_interval = \"50ms\"\nlease = 64\nnotice_ttl = \"8s\"\n")
+	s.nodes[0].never, s.nodes[1].never = lost, lost
+	s.up()
+	if err := s.feed(2000); err != nil {
+		t.Fatal(err)
+	}
+	s.supplying()
+	l := newLedger()
+	a, b := s.te(0), s.te(1)
+	s.pairEqual(l, 0, n, a, b)
+	ks, err := a.GetKey(t.Context(), teOf(1), n, 256)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ids := make([]key.ID, n)
+	for i, k := range ks {
+		ids[i] = k.ID
+	}
+	key.WipeAll(ks)
+	// b learns of them at the latest when it has to say that they have another
+	// size, and keeps them when a is gone.
+	for _, id := range ids {
+		status, text, err := s.raw(1, s.path(1, "pki", "saes", "b-te"), teOf(0)+"/dec_keys", `{"key_IDs":[{"key_ID":"`+id.String()+`"}],"size":512}`)
+		if err != nil || status != 400 || !strings.Contains(text, "size differs") {
+			t.Fatalf("a key of another size: %d %s, %v", status, text, err)
+		}
+	}
+	if err := s.nodes[0].kill(); err != nil {
+		t.Fatal(err)
+	}
+	s.nodes[0].start()
+	if ks, err = b.GetKeyWithID(t.Context(), teOf(0), ids[:n/2], 256); err != nil {
+		t.Fatalf("keys with a notice, after a crash of the master's node: %v", err)
+	}
+	key.WipeAll(ks)
+	await(t, "the others are stranded", func() error {
+		list, err := s.nodes[1].op.History(t.Context(), operator.HistoryQuery{Limit: 1000})
+		if err != nil {
+			return err
+		}
+		count := 0
+		for _, u := range list {
+			if u.State == "stranded" {
+				count += u.Count
+			}
+		}
+		if count != n/2 {
+			return fmt.Errorf("%d of %d keys are counted", count, n/2)
+		}
+		return nil
+	})
+	for _, id := range ids {
+		if _, err := b.GetKeyWithID(t.Context(), teOf(0), []key.ID{id}, 0); !notFound(err) {
+			t.Errorf("a stranded key: %v", err)
+		}
+	}
+	s.agree()
+	s.pairsEqual(l)
+	for _, f := range l.list() {
+		t.Error(f)
 	}
 }
