@@ -267,3 +267,51 @@ func TestExpiry(t *testing.T) {
 		t.Error("an expired notice is still given out")
 	}
 }
+
+// One notice waits for nothing; many that follow one another closely share
+// batches, until the peer has to pull one.
+func TestNoticesGather(t *testing.T) {
+	now := time.Now()
+	for _, c := range []struct {
+		since, asked, want time.Duration
+	}{
+		{time.Hour, time.Hour, 0},
+		{gatherTime, time.Hour, 0},
+		{0, time.Hour, gatherTime},
+		{gatherTime / 4, time.Hour, gatherTime * 3 / 4},
+		{0, hurryTime, gatherTime},
+		{0, hurryTime - 1, 0},
+	} {
+		q := queue{asked: now.Add(-c.asked)}
+		if got := q.gather(now.Add(-c.since), now); got != c.want {
+			t.Errorf("last batch %v ago, pull %v ago: %v, want %v", c.since, c.asked, got, c.want)
+		}
+	}
+	const keys = 500
+	a, b := twoSites(t, keys, nil)
+	calls := 0
+	a.peers.send = func(ns []Notice) ([]Notice, error) { calls++; return ns, nil }
+	begin := time.Now()
+	stop := a.run(t)
+	for range keys {
+		got, err := a.GetKey(t.Context(), "a1", "b1", 1, 256)
+		if err != nil {
+			t.Fatal(err)
+		}
+		key.WipeAll(got)
+	}
+	eventually(t, "all notices are there", func() bool { return b.in.n.Load() == keys })
+	stop()
+	if most := int(time.Since(begin)/gatherTime) + 2; calls > most {
+		t.Errorf("%d calls for %d notices; %d at most fit into the time", calls, keys, most)
+	}
+	if _, ok := a.Issued("b", key.ID{1}); ok || !a.out.peer["b"].asked.IsZero() {
+		t.Error("a pull of what is not there makes haste")
+	}
+	if err := a.out.add("b", []Notice{{KeyID: key.ID{1}}}, a.clock().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := a.Issued("b", key.ID{1}); !ok || a.out.gather("b", time.Now(), time.Now()) != 0 {
+		t.Error("a pull makes no haste")
+	}
+}

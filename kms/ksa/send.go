@@ -13,6 +13,11 @@ const (
 	flushTime   = time.Second     // for what is unsent at the end
 	firstPause  = 50 * time.Millisecond
 	lastPause   = 5 * time.Second
+
+	// Under load a batch may gather for a moment, which saves a call per key; but
+	// not while the peer's SAEs fetch keys faster than that, as its pulls show.
+	gatherTime = 2 * time.Millisecond // from the start of one batch to that of the next
+	hurryTime  = time.Second          // after a pull
 )
 
 // issue is a notice of ours that the peer has not acknowledged yet. Once it
@@ -34,7 +39,17 @@ type outbox struct {
 
 type queue struct {
 	pending []*issue
+	asked   time.Time     // when the peer last pulled a notice that was still here
 	wake    chan struct{} // of capacity 1: pending has grown
+}
+
+// gather is how long the next batch may wait at now, when the last one was
+// begun at last. A notice that comes alone finds that long ago, and waits not.
+func (q *queue) gather(last, now time.Time) time.Duration {
+	if now.Sub(q.asked) < hurryTime {
+		return 0
+	}
+	return max(0, gatherTime-now.Sub(last))
 }
 
 func (b *outbox) init(limit int, peers map[string]bool) {
@@ -100,10 +115,23 @@ func (b *outbox) done(batch []*issue) {
 	}
 }
 
-func (b *outbox) get(id key.ID) *issue {
+// pull gives the issue of id to the peer that asks; nil if it is not for that one.
+func (b *outbox) pull(peer string, id key.ID, now time.Time) *issue {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.m[id]
+	i := b.m[id]
+	if i == nil || i.peer != peer {
+		return nil
+	}
+	b.peer[peer].asked = now
+	return i
+}
+
+// gather is queue.gather of peer's.
+func (b *outbox) gather(peer string, last, now time.Time) time.Duration {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.peer[peer].gather(last, now)
 }
 
 // expire forgets and returns the issues whose time is up; head leaves them out
@@ -124,8 +152,8 @@ func (b *outbox) expire(now time.Time) []*issue {
 // Issued is the notice of id for the node peer, if peer has not acknowledged it
 // yet: the answer to its pull.
 func (a *Agent) Issued(peer string, id key.ID) (Notice, bool) {
-	i := a.out.get(id)
-	if i == nil || i.peer != peer {
+	i := a.out.pull(peer, id, time.Now())
+	if i == nil {
 		return Notice{}, false
 	}
 	return i.now(a.o.Now())
@@ -139,10 +167,11 @@ func (i *issue) now(t time.Time) (Notice, bool) {
 }
 
 // send delivers the notices for peer until ctx ends. While one batch is on its
-// way the next one gathers, so batches grow with the load and not with a timer.
+// way the next one gathers, so batches grow with the load; gather adds to that.
 func (a *Agent) send(ctx context.Context, peer string) {
 	wake := a.out.peer[peer].wake
 	pause := firstPause
+	var last time.Time
 	for {
 		select {
 		case <-ctx.Done():
@@ -155,6 +184,10 @@ func (a *Agent) send(ctx context.Context, peer string) {
 		case <-wake:
 		}
 		for ctx.Err() == nil {
+			if d := a.out.gather(peer, last, time.Now()); d > 0 {
+				sleep(ctx, d)
+			}
+			last = time.Now()
 			more, err := a.sendBatch(ctx, peer)
 			if err != nil {
 				a.o.Log.Warn("supply notices are not delivered", "peer", peer, "retry_in", pause, "err", err)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -216,6 +217,34 @@ func (l *lab) sae(node int) pki.Files {
 
 // url is the node's Type-2 interface.
 func (l *lab) url(node int) string { return "https://" + l.ip[node] + ":8442" }
+
+// cpu is the processor time that this process and the lab's have used.
+func (l *lab) cpu() (time.Duration, error) {
+	pids := []int{os.Getpid()}
+	for _, p := range l.procs {
+		pids = append(pids, p.cmd.Process.Pid)
+	}
+	var sum int64
+	for _, pid := range pids {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil {
+			return 0, err
+		}
+		_, rest, _ := strings.Cut(string(b), ") ")
+		f := strings.Fields(rest)
+		if len(f) < 13 {
+			return 0, fmt.Errorf("/proc/%d/stat: %q", pid, b)
+		}
+		for _, v := range f[11:13] { // utime and stime, proc(5)
+			n, err := strconv.ParseInt(v, 10, 64)
+			if err != nil {
+				return 0, err
+			}
+			sum += n
+		}
+	}
+	return time.Duration(sum) * (time.Second / 100), nil // USER_HZ is 100 everywhere Go runs
+}
 
 // await polls until ok, for bound.
 func await(ctx context.Context, what string, ok func() error) error {

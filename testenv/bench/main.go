@@ -17,6 +17,8 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
+	"runtime"
 	"syscall"
 	"time"
 )
@@ -25,10 +27,12 @@ import (
 type options struct {
 	bin, out string
 	rounds   int
+	clients  int // at once
 	slice    time.Duration
 	children int // CHILD_SAs of the tunnel row
 	fileKeys int // keys of one QKD-Key file of the intake row
 	profile  string
+	only     *regexp.Regexp // names of rows
 }
 
 func main() {
@@ -49,15 +53,21 @@ func run(ctx context.Context, args []string) error {
 	fs.StringVar(&o.bin, "bin", "bin", "`directory` of qipsecd and qipsec")
 	fs.StringVar(&o.out, "out", "out/bench.json", "`file` for the numbers; the inventories lie beside it meanwhile")
 	fs.IntVar(&o.rounds, "rounds", 9, "how many times each row and its reference take turns")
+	fs.IntVar(&o.clients, "clients", 2*runtime.NumCPU(), "how many clients call at once")
 	fs.DurationVar(&o.slice, "slice", time.Second, "length of one turn")
 	fs.IntVar(&o.children, "children", 300, "CHILD_SAs of the tunnel row")
 	fs.IntVar(&o.fileKeys, "file-keys", 100_000, "keys of one QKD-Key file of the intake row")
 	fs.StringVar(&o.profile, "profile", "", "write a CPU profile of the tunnel row to this `file`")
+	only := fs.String("run", "", "measure the rows with such a name only (`regexp`)")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
-	if fs.NArg() > 0 || o.rounds < 1 || o.slice <= 0 || o.children < 1 || o.fileKeys < 1 {
-		return errors.New("-rounds, -slice, -children and -file-keys are 1 or more; there are no other arguments")
+	var err error
+	if o.only, err = regexp.Compile(*only); err != nil {
+		return err
+	}
+	if fs.NArg() > 0 || o.rounds < 1 || o.clients < 1 || o.slice <= 0 || o.children < 1 || o.fileKeys < 1 {
+		return errors.New("-rounds, -clients, -slice, -children and -file-keys are 1 or more; there are no other arguments")
 	}
 	return measure(ctx, o, os.Stdout)
 }

@@ -52,8 +52,15 @@ type goal struct {
 	least, most float64 // of the ratio, or of the value without a reference
 }
 
-// table collects the rows.
-type table struct{ rows []row }
+// table collects the rows, and what has to be said of them.
+type table struct {
+	rows  []row
+	notes []string
+}
+
+func (t *table) note(format string, args ...any) {
+	t.notes = append(t.notes, fmt.Sprintf(format, args...))
+}
 
 // add takes the rounds of a row and of its reference, in pairs: the ratio is the
 // median of the pairs' ratios, so that what the machine does meanwhile, which
@@ -107,6 +114,9 @@ func (t *table) print(w io.Writer) {
 		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t\n", r.Name, r.Unit, r.spread, ref, ratio, verdict)
 	}
 	_ = tw.Flush() // w is a terminal or a buffer
+	for _, n := range t.notes {
+		fmt.Fprintln(w, n)
+	}
 }
 
 // write puts the rows into a JSON file.
