@@ -96,11 +96,11 @@ part_rekeys() {
     limit=$(share 1500)
     seed_used=null
     wanted=$n
-    say "rekeys: measuring 20"
-    t=$(rekeys 400 20 "$out/rekeys-measure.log") || return
-    count=$(fit "$n" $((limit - 180)) 20 "$t") # the set-up takes its time, too
+    say "rekeys: measuring 50"
+    t=$(rekeys 500 50 "$out/rekeys-measure.log") || return
+    count=$(fit "$n" $((limit - 180)) 50 "$t") # the set-up takes its time, too
     [ "$count" -gt 0 ] || return
-    say "rekeys: $count of $n wanted, $((t / 20)) ms for one at first"
+    say "rekeys: $count of $n wanted, $((t / 50)) ms for one at first"
     rekeys "$limit" "$count" "$out/rekeys.log" >/dev/null || return
     note=$(sed -nE 's/^ok - (a ping .*)$/\1/p; s/.*, (a rekey took .*)$/\1/p' "$out/rekeys.log" | tail -2 | paste -sd';')
 }
@@ -194,6 +194,7 @@ main() {
         rm -f "$out/$part.json"
         run "$part"
         [ "$(value "$part" result)" = passed ] || failed=1
+        sum_up >/dev/null # an interruption later loses nothing
     done
     sum_up
     exit "$failed"
