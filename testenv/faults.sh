@@ -29,16 +29,11 @@ declare -A mark=()
 since() { tail -n +$((${mark[$1]:-0} + 1)) "$GW/$1/log/qipsecd.log" | grep -qE -- "$2"; }
 cause() { tail -n +$((${mark[$1]:-0} + 1)) "$GW/$1/log/qipsecd.log" | grep -E -- "$2" | tail -n 1 | cut -c1-240; }
 
-# silent: nothing but IKE (and ARP) crossed the wire in this cell: no clear
-# packet, and no ESP either.
-silent() {
+# closed: the wire shows IKE, and ESP of SAs with quantum keys (those of before
+# the fault), and nothing else.
+closed() {
     capture_stop "$cell"
-    [ "$(wire "$cell" 'not (udp port 500 or udp port 4500 or arp)')" = 0 ]
-}
-# esp_only: IKE and ESP, nothing in clear.
-esp_only() {
-    capture_stop "$cell"
-    only_ipsec "$cell"
+    quantum_only "$cell"
 }
 # blamed N REGEXP: a log line at N that names the connection and the cause.
 blamed() {
@@ -60,9 +55,10 @@ recovers() {
 }
 still_down() { sleep 6; ! complete a && ! complete b; }
 
-down() { # the tunnel is taken down at both ends, to be set up anew
+anew() { # the tunnel is taken down at both ends and set up anew
     qipsec a tunnels terminate a-b >/dev/null 2>&1
     await 20 no_sa
+    qipsec a tunnels initiate a-b >/dev/null 2>&1
 }
 no_sa() { [ "$(sa_count a)" = 0 ] && [ "$(sa_count b)" = 0 ]; }
 
@@ -71,7 +67,7 @@ cell_pool_empty() { # runs first: no key has ever arrived
     for n in a b; do gateway_up "$n" || fail "gateway $n does not start"; done
     blamed a 'a-b.*(no key|empty|not synchronised|no keys)'
     check "$cell: no tunnel" still_down
-    check "$cell: nothing but IKE on the wire" silent
+    check "$cell: no clear and no classical packet on the wire" closed
     qkdsim_start "" "first_keys = 3000"
     recovers 90
 }
@@ -85,7 +81,7 @@ cell_plugin_missing() {
     qipsecd_start a
     blamed a 'a-b.*has not loaded the qipsec plugin'
     check "$cell: no tunnel" still_down
-    check "$cell: nothing but IKE on the wire" silent
+    check "$cell: no clear and no classical packet on the wire" closed
     charon_stop a
     charon_start a "$PLUGIN"
     recovers 90
@@ -98,7 +94,7 @@ cell_daemon_killed() {
     qipsec a tunnels rekey a-b >/dev/null 2>&1
     # b's charon asks nobody: the plugin refuses, the old SA goes on.
     check "$cell: charon refuses without qipsecd" await 20 grep -qE 'qipsec.*(refus|qipsecd)' "$GW/b/run/charon.log"
-    check "$cell: nothing in clear on the wire" esp_only
+    check "$cell: no clear and no classical packet on the wire" closed
     qipsecd_start b
     recovers 90
     begin daemon-killed-2
@@ -106,17 +102,16 @@ cell_daemon_killed() {
     renewed() { [ "$(sa_keys a)" != "$before" ] && states_equal; }
     qipsec a tunnels rekey a-b >/dev/null 2>&1
     check "$cell: the next rekey takes a fresh key" await 60 renewed
-    capture_stop "$cell"
+    check "$cell: no clear and no classical packet on the wire" closed
 }
 
 cell_type1_cut() { # the responder cannot learn of the supply: an unknown Key-ID to it
     begin unknown-key-id
     node b iptables -I INPUT -i km -p tcp -j DROP
     node b iptables -I OUTPUT -o km -p tcp -j DROP
-    down
-    qipsec a tunnels initiate a-b >/dev/null 2>&1
+    anew
     blamed b 'a-b.*GetKeyWithID'
-    check "$cell: nothing in clear on the wire" esp_only
+    check "$cell: no clear and no classical packet on the wire" closed
     check "$cell: no tunnel" still_down
     node b iptables -F
     recovers 120
@@ -160,15 +155,12 @@ cell_stock_peer() {
     rm -f "$GW/b/plugins/libstrongswan-qipsec.so"
     stock_peer || fail "stock charon of b does not start"
     await 20 no_sa
-    mark[a]=$(wc -l <"$GW/a/log/qipsecd.log")
-    blamed a 'a-b.*(Q-IPsec|support|announce|timed out|no answer|initiate)'
+    check "$cell: charon's log says why" await 40 grep -q "connection 'a-b': IKE_SA_INIT answer of 192.0.2.2 ignored: the peer does not speak Q-IPsec" "$GW/a/run/charon.log"
     node b swanctl --initiate --child net --timeout 8 >"$GW/b/log/stock-initiate.log" 2>&1
     blamed a 'a-b.*(does not announce|carries no Key-ID)'
     check "$cell: no tunnel from either side" still_down
     capture_stop "$cell"
-    # The gateway b is an ordinary one here and routes what it gets; a must not leak.
-    check "$cell: a sent nothing but IKE" [ "$(wire "$cell" 'src host 192.0.2.1 and not (udp port 500 or udp port 4500 or arp)')" = 0 ]
-    check "$cell: no packet of a's network in clear" [ "$(wire "$cell" 'src net 10.1.0.0/24')" = 0 ]
+    check "$cell: no clear and no classical packet on the wire" quantum_only "$cell"
     charon_stop b
     rm -f "$GW/b/swanctl"/{x509/ike.crt,private/ike.key,x509ca/ike-ca.crt,swanctl.conf}
     gateway_up b || fail "gateway b does not start again"
@@ -202,24 +194,24 @@ cell_differing_keys() {
     for n in a b; do qipsecd_start "$n"; done
     blamed b 'a-b.*(C_i|confirm)'
     check "$cell: no tunnel" still_down
-    check "$cell: nothing but IKE on the wire" silent
+    check "$cell: no clear and no classical packet on the wire" closed
     node_stop b kme
     kme b one
     recovers 120
     begin kms-down
     node_stop a kme
-    down
+    anew
     blamed a 'a-b.*GetKey'
     check "$cell: no tunnel" still_down
-    check "$cell: nothing in clear on the wire" esp_only
+    check "$cell: no clear and no classical packet on the wire" closed
     kme a one
     recovers 120
     begin refused-key-id
     : >"$GW/b/run/deny"
-    down
+    anew
     blamed b 'a-b.*GetKeyWithID'
     check "$cell: no tunnel" still_down
-    check "$cell: nothing in clear on the wire" esp_only
+    check "$cell: no clear and no classical packet on the wire" closed
     rm "$GW/b/run/deny"
     recovers 120
 }

@@ -131,5 +131,18 @@ wire() {
     tcpdump -n -r "$GW/wire/$name.pcap" "$@" 2>/dev/null | wc -l
 }
 
-# only_ipsec NAME: the capture holds IKE and ESP and nothing else but ARP.
-only_ipsec() { [ "$(wire "$1" 'not (udp port 500 or udp port 4500 or esp or arp)')" = 0 ]; }
+# in_clear NAME: packets of a stopped capture that are neither IKE, ESP nor ARP, nor
+# the gateways' own ICMP about their IKE.
+in_clear() {
+    wire "$1" 'not (udp port 500 or udp port 4500 or esp or arp) and not (icmp and host 192.0.2.1 and host 192.0.2.2)'
+}
+only_ipsec() { [ "$(in_clear "$1")" = 0 ]; }
+
+# quantum_only NAME: besides, every ESP packet has the SPI of an SA that a
+# qipsecd installed with a quantum key.
+quantum_only() {
+    only_ipsec "$1" || return
+    tcpdump -n -r "$GW/wire/$1.pcap" esp 2>/dev/null | grep -oE 'spi=0x[0-9a-f]+' | sort -u | sed 's/spi=0x//' >"$GW/esp.seen"
+    sed -nE 's/.*msg="SA installed".* spi=([0-9a-f]{8}) .* class=(direct|relayed|derived) .*/\1/p' "$GW"/[ab]/log/qipsecd.log | sort -u >"$GW/esp.logged"
+    [ -z "$(sed -E 's/^/00000000/; s/.*(.{8})$/\1/' "$GW/esp.seen" | sort -u | comm -23 - "$GW/esp.logged")" ]
+}
