@@ -76,7 +76,8 @@ func requests(t testing.TB) []any {
 		testHello,
 		GetKey{SA: testSA, Connection: "link", Peer: netip.MustParseAddr("2001:db8::1")},
 		Sent{SA: testSA, Connection: "link", KeyID: testID, SPIi: [8]byte{1}, SPIr: [8]byte{2}, Ni: bytes.Repeat([]byte{7}, 56), Initiator: Identity{1, []byte{192, 0, 2, 1}}, Exchange: IKEAuth},
-		testBind(t), testAddSA(t), Query{ID: testSAID()},
+		testBind(t), testAddSA(t),
+		Query{ID: testSAID()},
 		UpdateSA{ID: testSAID(), NewSrc: netip.MustParseAddrPort("192.0.2.9:1"), NewDst: netip.MustParseAddrPort("192.0.2.8:2"), Encap: true},
 		End{SA: testSA},
 	}

@@ -88,6 +88,7 @@ func (f *fake) Commit(context.Context, plugin.SAID) error {
 	_ = f.note("commit")
 	return f.commit
 }
+
 func (f *fake) Rollback(_ context.Context, id plugin.SAID) { _ = f.note("rollback " + id.Dst.String()) }
 
 func (f *fake) QuerySA(context.Context, plugin.SAID) (plugin.Counters, error) {

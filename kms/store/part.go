@@ -117,6 +117,8 @@ func (s *Store) giveUpIn(ctx context.Context, tx *sql.Tx, d *damage) error {
 	if err := s.note(ctx, tx, d.h.event(key.Compromised, 0, "damaged on disk: "+d.cause.Error())); err != nil {
 		return err
 	}
-	return s.append(ctx, tx, LogEvent{Severity: SeverityAlarm, Code: "store-block-damaged", Source: "store",
-		Text: d.Error(), Action: "block given up"})
+	return s.append(ctx, tx, LogEvent{
+		Severity: SeverityAlarm, Code: "store-block-damaged", Source: "store",
+		Text: d.Error(), Action: "block given up",
+	})
 }

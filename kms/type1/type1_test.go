@@ -207,7 +207,7 @@ func TestCalls(t *testing.T) {
 		f.rec.err = want
 		_, err := c.Lease(t.Context(), l)
 		var got *Problem
-		if !errors.As(err, &got) || *got != *(want.(*Problem)) {
+		if !errors.As(err, &got) || *got != *want.(*Problem) {
 			t.Errorf("got %v, want %v", err, want)
 		}
 	}

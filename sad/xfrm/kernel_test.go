@@ -126,8 +126,10 @@ func kernelCases() []kernelCase {
 		kernelCase{"lifetimes", with(func(sa *SA) {
 			sa.Suite = gcm
 			sa.Lifetime = Lifetime{TimeLife: 3960, TimeRekey: 3300, BytesLife: 1 << 40, BytesRekey: 1 << 39, PacketsLife: 1 << 30, PacketsRekey: 1 << 29}
-		}), []string{"expire add: soft 3300(sec), hard 3960(sec)", "limit: soft 549755813888(bytes), hard 1099511627776(bytes)",
-			"limit: soft 536870912(packets), hard 1073741824(packets)", "expire use: soft 0(sec), hard 0(sec)"}, nil},
+		}), []string{
+			"expire add: soft 3300(sec), hard 3960(sec)", "limit: soft 549755813888(bytes), hard 1099511627776(bytes)",
+			"limit: soft 536870912(packets), hard 1073741824(packets)", "expire use: soft 0(sec), hard 0(sec)",
+		}, nil},
 	)
 }
 
@@ -288,8 +290,10 @@ func testMove(t *testing.T, c *Conn, ctx context.Context, esn bool) {
 	src, dst := ends("192.0.2.1", "192.0.2.2")
 	suite := Suite{Encr: EncrAESCBC, EncrBits: 256, Integ: IntegSHA256128}
 	enc, integ := testKeys(t, suite)
-	sa := SA{ID: ID{Src: netip.AddrPortFrom(src.Addr(), 4500), Dst: netip.AddrPortFrom(dst.Addr(), 4500), SPI: 0xc0000002, Protocol: ProtoESP},
-		ReqID: 3, Mode: Tunnel, Suite: suite, ESN: esn, Encap: true, Lifetime: Lifetime{TimeLife: 1000, BytesLife: 1 << 30}}
+	sa := SA{
+		ID:    ID{Src: netip.AddrPortFrom(src.Addr(), 4500), Dst: netip.AddrPortFrom(dst.Addr(), 4500), SPI: 0xc0000002, Protocol: ProtoESP},
+		ReqID: 3, Mode: Tunnel, Suite: suite, ESN: esn, Encap: true, Lifetime: Lifetime{TimeLife: 1000, BytesLife: 1 << 30},
+	}
 	if err := c.Add(ctx, &sa, enc, integ); err != nil {
 		t.Fatal(err)
 	}

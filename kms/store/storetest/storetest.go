@@ -507,8 +507,11 @@ func events(t *testing.T, b *bench) {
 		q    store.EventQuery
 		want string
 	}{
-		{store.EventQuery{}, "ba"}, {store.EventQuery{Limit: 1}, "b"}, {store.EventQuery{Code: "a"}, "a"},
-		{store.EventQuery{Severity: store.SeverityRun}, "b"}, {store.EventQuery{Severity: store.SeverityFault}, ""},
+		{store.EventQuery{}, "ba"},
+		{store.EventQuery{Limit: 1}, "b"},
+		{store.EventQuery{Code: "a"}, "a"},
+		{store.EventQuery{Severity: store.SeverityRun}, "b"},
+		{store.EventQuery{Severity: store.SeverityFault}, ""},
 	} {
 		list, err := b.Events(b.ctx, tc.q)
 		b.must(err)
