@@ -176,7 +176,7 @@ func (a *Agent) consume(as []*arrival) (keys []key.SupplyKey, err error) {
 		n.done = true
 		n.master.Wipe()
 		n.master = nil
-		a.in.remove(n)
+		a.in.spend(n)
 		a.event(Event{Kind: Fetched, Peer: n.peer, MasterSAE: n.MasterSAE, SlaveSAE: n.SlaveSAEs[0], Pool: n.Pool, Position: n.Position, KeyID: n.KeyID, Class: n.class})
 	}
 	return keys, nil

@@ -53,6 +53,11 @@ type arrival struct {
 	master *key.Material // claimed from the KMA but not yet supplied
 	class  key.Class
 	done   bool // supplied, expired or gone: no claim any more
+
+	// With the shard's lock. What we pulled the peer sends as well, since it
+	// knows not that we have it; often later than the key is supplied.
+	sent  bool // the peer sent it
+	spent bool // supplied and not sent yet: kept so that the notice to come is known
 }
 
 // inbox holds the arrivals, each until its key is supplied or it expires.
@@ -94,8 +99,16 @@ func (b *inbox) add(a *arrival, pulled bool) error {
 		if old.peer != a.peer || !old.same(a.Notice) {
 			return fmt.Errorf("ksa: a second, different notice of key %s", a.KeyID)
 		}
+		if !pulled {
+			old.sent = true
+			if old.spent {
+				delete(s.m, a.KeyID)
+				b.n.Add(-1)
+			}
+		}
 		return nil
 	}
+	a.sent = !pulled
 	limit := b.max
 	if pulled {
 		limit += b.max / 8
@@ -115,6 +128,19 @@ func (b *inbox) remove(a *arrival) {
 	if s.m[a.KeyID] == a {
 		delete(s.m, a.KeyID)
 		b.n.Add(-1)
+	}
+}
+
+// spend removes a, whose key was supplied, once the peer has sent it. A full
+// inbox does not wait for that: the peer's sendings are refused meanwhile.
+func (b *inbox) spend(a *arrival) {
+	s := &b.shard[of(a.KeyID)]
+	s.mu.Lock()
+	wait := !a.sent && b.n.Load() < b.max
+	a.spent = wait
+	s.mu.Unlock()
+	if !wait {
+		b.remove(a)
 	}
 }
 

@@ -79,6 +79,15 @@ func TestLostNoticeIsPulled(t *testing.T) {
 	if _, ok := a.Issued("c", x[0].ID); ok {
 		t.Error("a third node may pull the notice")
 	}
+	a.run(t) // what was pulled comes once more, and leaves nothing behind
+	eventually(t, "notices of keys that were supplied are gone", func() bool {
+		a.out.mu.Lock()
+		defer a.out.mu.Unlock()
+		return len(a.out.m) == 0 && b.in.n.Load() == 0
+	})
+	if _, err := fetch(t, b, "b1", "a1", ids(x)[:1], 0); err == nil {
+		t.Error("a key was supplied twice")
+	}
 }
 
 // A peer that does not answer makes the call unavailable within the bound; the
