@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := bin
 GOTOOL := go tool -modfile=scripts/tools/go.mod
 
-.PHONY: help build testtools plugin demo demo-stage1 lab lab-down testbed testbed-shell testbed-down test check fuzz bench soak clean
+.PHONY: help build testtools testplugin plugin demo demo-stage1 lab lab-down testbed testbed-shell testbed-down test check fuzz bench soak clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -15,6 +15,9 @@ build: ## the programs, into bin/
 testtools: # what the scenarios run besides
 	@mkdir -p $(BIN)
 	@CGO_ENABLED=0 go build -trimpath -o $(BIN)/ ./testenv/fakekme ./testenv/memscan ./testenv/rekeyer ./testenv/testrun
+
+testplugin: # a plugin that leaves charon's add_sa alone, for testenv/secrets.sh
+	@CHARON_PLUGIN_DEFINES=-DQI_TEST_NO_ADD_SA scripts/charon-plugin.sh $(BIN)/no-add-sa
 
 plugin: ## charon's qipsec plugin, into bin/
 	@scripts/deps.sh build tunnel
@@ -47,7 +50,7 @@ testbed-down: ## stop the testbed
 
 test: ## every test
 	@scripts/deps.sh build tunnel
-	@$(MAKE) --no-print-directory build testtools plugin check
+	@$(MAKE) --no-print-directory build testtools plugin testplugin check
 	@scripts/test.sh
 
 check: ## gofumpt, go vet, staticcheck

@@ -200,7 +200,7 @@ func (p *Pair) emit(ctx context.Context, keys int) error {
 	if err := writeSeq(p.opt.StateFile, seq); err != nil {
 		return err
 	}
-	data, err := keyData(p.opt.Seed, p.opt.Pair, seq, p.fileBits(keys)/8)
+	data, err := KeyData(p.opt.Seed, p.opt.Pair, seq, p.fileBits(keys)/8)
 	if err != nil {
 		return err
 	}
@@ -316,9 +316,10 @@ func (p *Pair) deliver(ctx context.Context, end key.Role, d Delivery, q <-chan p
 	}
 }
 
-// keyData gives n bytes of key: from the kernel, or, for a seed, the same for
-// the same seed, pair and seq.
-func keyData(seed uint64, pair uuid.UUID, seq uint64, n int) (*key.Material, error) {
+// KeyData gives the n bytes of key data of a file, which the caller owns: from
+// the kernel, or, for a seed, the same for the same seed, pair, seq and n. So a
+// test that knows the seed can look for these keys where none may be.
+func KeyData(seed uint64, pair uuid.UUID, seq uint64, n int) (*key.Material, error) {
 	if seed == 0 {
 		return key.Random(rand.Reader, n)
 	}

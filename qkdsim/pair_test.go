@@ -233,12 +233,12 @@ func TestOnDemand(t *testing.T) {
 
 func TestSeedZeroIsNotRepeatable(t *testing.T) {
 	pair := uuid.New()
-	one, err := keyData(0, pair, 1, 128)
+	one, err := KeyData(0, pair, 1, 128)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer one.Wipe()
-	two, err := keyData(0, pair, 1, 128)
+	two, err := KeyData(0, pair, 1, 128)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -15,6 +15,7 @@
 #   STRONGSWAN_SRC    use this source tree; nothing is fetched, nothing written there
 #   XDG_CACHE_HOME    the source is kept in its q-ipsec directory; ~/.cache
 #   CHARON_PLUGIN_SRC directory of the plugin's source; ike/charon
+#   CHARON_PLUGIN_DEFINES  more flags of the preprocessor, for builds of tests; none
 #   CC                gcc
 set -euo pipefail
 
@@ -156,6 +157,8 @@ compile() {
     local symbols
     symbols=$(nm -D --defined-only "$libdir/libcharon.so.0") || die "cannot read $libdir/libcharon.so.0"
     if grep -q ' connect_manager_create$' <<<"$symbols"; then flags+=(-DME); fi
+    # shellcheck disable=SC2206
+    flags+=(${CHARON_PLUGIN_DEFINES:-})
     local -a sources=("$plugin"/*.c)
     [ -e "${sources[0]}" ] || die "no C source in $plugin"
     mkdir -p -- "$1"

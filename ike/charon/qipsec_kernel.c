@@ -490,7 +490,9 @@ bool qi_kernel_start(void)
 	this_kernel.mutex = mutex_create(MUTEX_TYPE_DEFAULT);
 	this_kernel.expected = linked_list_create();
 	this_kernel.stock = *kernel;
-#ifndef QI_TEST_NO_ADD_SA /* a build for the test that the token is no usable key */
+#ifdef QI_TEST_NO_ADD_SA /* a build for the test that the token is no usable key */
+	(void)add_sa;
+#else
 	kernel->add_sa = add_sa;
 #endif
 	kernel->query_sa = query_sa;

@@ -1,67 +1,109 @@
-// Command memscan searches a process's readable memory for byte strings, given
-// in hex on standard input, one a line: as they are and as hexadecimal text. It
-// prints how many it found, never which bytes. Exit status 1 if there were any.
+// Command memscan searches the memory of processes, files and directories for
+// keys, written in any way that package needle knows. It prints how many it
+// found, never which bytes. Exit status 1 if there were any, 2 if it cannot look.
+//
+//	memscan [-seed N -pair UUID -files N -per-file N [-sae A,B ...]] TARGET...
+//
+// A TARGET of digits is a process id, of which every writable mapping is
+// searched; any other is a path. The keys are those in hex on standard input,
+// one a line, and with -seed every master key that qkdsim delivered from this
+// seed, and the session key made of it for each pair of SAEs.
 package main
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/hex"
+	"errors"
+	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
+
+	"github.com/q-ipsec/q-ipsec/testenv/needle"
 )
 
 func main() {
-	if len(os.Args) != 2 {
-		fmt.Fprintln(os.Stderr, "usage: memscan PID <needles")
-		os.Exit(2)
-	}
-	needles, err := readNeedles(os.Stdin)
-	if err == nil && len(needles) == 0 {
-		err = fmt.Errorf("no needles on standard input")
-	}
-	var hits, size int
-	if err == nil {
-		hits, size, err = scan(os.Args[1], needles)
-	}
-	if err != nil {
+	var sim simulated
+	sim.flags(flag.CommandLine)
+	flag.Parse()
+	n, err := run(&sim, flag.Args(), os.Stdin, os.Stdout)
+	switch {
+	case err != nil:
 		fmt.Fprintln(os.Stderr, "memscan:", err)
 		os.Exit(2)
-	}
-	fmt.Printf("%d of %d needles found in %d MiB\n", hits, len(needles), size>>20)
-	if hits > 0 {
+	case n > 0:
 		os.Exit(1)
 	}
 }
 
-func readNeedles(r io.Reader) ([][]byte, error) {
-	var out [][]byte
-	sc := bufio.NewScanner(r)
-	for sc.Scan() {
-		b, err := hex.DecodeString(strings.TrimPrefix(strings.TrimSpace(sc.Text()), "0x"))
-		if err != nil || len(b) < 16 {
-			return nil, fmt.Errorf("line %d is not at least 16 bytes in hex", len(out)+1)
-		}
-		out = append(out, b)
+// run gives how many keys were found in all targets together.
+func run(sim *simulated, targets []string, in io.Reader, out io.Writer) (int, error) {
+	if len(targets) == 0 {
+		return 0, errors.New("name a process id or a path to search")
 	}
-	return out, sc.Err()
+	set := needle.NewSet()
+	if err := readNeedles(set, in); err != nil {
+		return 0, err
+	}
+	if err := sim.add(set); err != nil {
+		return 0, err
+	}
+	if set.Len() == 0 {
+		return 0, errors.New("no keys to look for")
+	}
+	all := needle.Found{}
+	size := 0
+	for _, t := range targets {
+		look := searchPath
+		if _, err := strconv.Atoi(t); err == nil {
+			look = searchProcess
+		}
+		n, err := look(set, t, all)
+		if err != nil {
+			return 0, err
+		}
+		if n == 0 {
+			return 0, fmt.Errorf("nothing of %s can be read", t)
+		}
+		size += n
+	}
+	fmt.Fprintf(out, "%d of %d keys found in %.1f MiB\n", len(all), set.Len(), float64(size)/(1<<20))
+	return len(all), nil
 }
 
-// scan looks through every readable mapping; it fails if nothing can be read.
-func scan(pid string, needles [][]byte) (hits, size int, err error) {
+func readNeedles(set *needle.Set, r io.Reader) error {
+	sc := bufio.NewScanner(r)
+	for line := 1; sc.Scan(); line++ {
+		b, err := hex.DecodeString(strings.TrimPrefix(strings.TrimSpace(sc.Text()), "0x"))
+		if err != nil || !set.Add(b) {
+			return fmt.Errorf("line %d is no key of at least %d bytes in hex", line, needle.Window)
+		}
+		clear(b)
+	}
+	return sc.Err()
+}
+
+// chunk is how much of a mapping is read at a time, and overlap how much of it
+// again with the next: more than a key in hex.
+const chunk, overlap = 4 << 20, 256
+
+// searchProcess looks through every writable mapping that can be read, and
+// gives their size.
+func searchProcess(set *needle.Set, pid string, found needle.Found) (size int, err error) {
 	maps, err := os.ReadFile("/proc/" + pid + "/maps")
 	if err != nil {
-		return 0, 0, err
+		return 0, err
 	}
 	mem, err := os.Open("/proc/" + pid + "/mem")
 	if err != nil {
-		return 0, 0, err
+		return 0, err
 	}
 	defer mem.Close()
-	found := make([]bool, len(needles))
+	buf := make([]byte, chunk)
 	for _, l := range strings.Split(string(maps), "\n") {
 		f := strings.Fields(l)
 		if len(f) < 2 || !strings.HasPrefix(f[1], "rw") {
@@ -71,25 +113,31 @@ func scan(pid string, needles [][]byte) (hits, size int, err error) {
 		a, err1 := strconv.ParseInt(lo, 16, 64)
 		b, err2 := strconv.ParseInt(hi, 16, 64)
 		if err1 != nil || err2 != nil {
-			continue // [vsyscall] lies beyond int64
+			return 0, fmt.Errorf("mapping %q is not understood", l)
 		}
-		buf := make([]byte, b-a)
-		n, _ := mem.ReadAt(buf, a)
-		size += n
-		for i, w := range needles {
-			text := hex.EncodeToString(w)
-			if bytes.Contains(buf[:n], w) || bytes.Contains(buf[:n], []byte(text)) || bytes.Contains(buf[:n], []byte(strings.ToUpper(text))) {
-				found[i] = true
-			}
+		for ; a < b; a += chunk - overlap {
+			n, _ := mem.ReadAt(buf[:min(chunk, b-a)], a)
+			set.Search(buf[:n], found)
+			size += min(n, chunk-overlap)
 		}
 	}
-	if size == 0 {
-		return 0, 0, fmt.Errorf("no memory of process %s can be read", pid)
-	}
-	for _, f := range found {
-		if f {
-			hits++
+	return size, nil
+}
+
+// searchPath looks through a file, or every regular file below a directory.
+func searchPath(set *needle.Set, path string, found needle.Found) (size int, err error) {
+	err = filepath.WalkDir(path, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() {
+			return err
 		}
-	}
-	return hits, size, nil
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		size += len(b)
+		set.Search(b, found)
+		set.SearchDumps(b, found)
+		return nil
+	})
+	return size, err
 }
