@@ -61,6 +61,7 @@ func (s *site) smallDisk(node, mib int) (resize func(mib int)) {
 // what is leased, one event says what is wrong, and with space all goes on by
 // itself; a daemon killed and started meanwhile either serves or says why not.
 func TestFullDisk(t *testing.T) {
+	t.Parallel()
 	const lease, perFile = 64, 3000
 	s := newSite(t, 5, fmt.Sprintf("intake_interval = \"50ms\"\nlease = %d\n", lease))
 	s.nodes[0].never, s.nodes[1].never = lost, lost

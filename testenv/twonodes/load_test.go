@@ -235,6 +235,7 @@ func (d *load) report(t *testing.T) {
 // Both nodes issue keys at full speed at once: neither ever stands still, no
 // Key-ID comes twice, and every key has a twin at the other node.
 func TestFullSpeed(t *testing.T) {
+	t.Parallel()
 	span := *loadTime
 	if testing.Short() {
 		span = min(span, 5*time.Second)

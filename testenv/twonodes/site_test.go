@@ -223,7 +223,7 @@ func (s *site) keep(ctx context.Context, own, perFile int) error {
 		}
 		low := false
 		for _, n := range s.nodes {
-			if p, err := n.pool(ctx); err == nil && p.OwnActive < own {
+			if p, err := n.pool(ctx); err == nil && p.OwnActive+p.Received/2 < own {
 				low = true
 			}
 		}

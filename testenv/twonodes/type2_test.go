@@ -22,6 +22,7 @@ import (
 // the interface is tested in kms/etsi014; here certificates, KMA, KSA and store
 // are the real ones.
 func TestType2Refusals(t *testing.T) {
+	t.Parallel()
 	other := "\n[[kms.sae]]\nid = \"b-other\"\nnode = \"b\"\n"
 	s := newSite(t, 2, "intake_interval = \"50ms\"\n", other, other+"peers = [\"a-te\"]\n")
 	s.up()
