@@ -3,7 +3,7 @@
 #
 # Everything is in out/lab. `up` writes lab.env in the working directory, prints
 # curl lines that work as they stand, and runs until interrupted or `down`.
-# LAB_PORT=1 starts at another pair of loopback addresses (127.0.PORT.1 and .2).
+# The nodes listen on 127.0.81.1 and .2; LAB_NET=82 takes 127.0.82.1 and .2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 lab=out/lab
@@ -12,28 +12,36 @@ b=127.0.${LAB_NET:-81}.2
 
 field() { sed -n "s/^$2 = \"\(.*\)\"$/\1/p" "$1" | head -1; }
 
-stop() {
-    local pid
-    for name in qkdsim a b; do
-        pid=$(cat "$lab/$name.pid" 2>/dev/null) || continue
-        # Only what we started: the pid must still run our program from our directory.
-        if grep -qs "$PWD/$lab" "/proc/$pid/cmdline" || tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -q "$lab/"; then
-            kill "$pid" 2>/dev/null || true
-            for _ in $(seq 100); do
-                kill -0 "$pid" 2>/dev/null || break
-                sleep 0.1
-            done
-        fi
-        rm -f "$lab/$name.pid"
-    done
-    rm -f lab.env
-}
-
-start() { # NAME CMD...
+pids=()
+start() { # NAME CMD...: ends with this script, however that ends
     local name=$1
     shift
-    "$@" >"$lab/$name.log" 2>&1 &
-    echo $! >"$lab/$name.pid"
+    setpriv --pdeathsig TERM "$@" >"$lab/$name.log" 2>&1 &
+    pids+=($!)
+}
+
+finish() {
+    rm -f lab.env "$lab/lab.pid"
+    [ ${#pids[@]} = 0 ] || kill "${pids[@]}" 2>/dev/null || true
+    wait
+}
+
+# running: the pid of the lab's own script, if it runs.
+running() {
+    local pid
+    pid=$(cat "$lab/lab.pid" 2>/dev/null) && tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -q 'lab.sh up' && echo "$pid"
+}
+
+down() {
+    local pid _
+    pid=$(running) || { echo "no lab runs"; return; }
+    kill "$pid"
+    for _ in $(seq 100); do
+        running >/dev/null || return 0
+        sleep 0.1
+    done
+    echo "the lab (pid $pid) does not end" >&2
+    return 1
 }
 
 # pool_ready NODE: the node has keys to give.
@@ -46,12 +54,13 @@ pool_ready() {
 }
 
 up() {
-    if [ -e "$lab/a.pid" ] && kill -0 "$(cat "$lab/a.pid")" 2>/dev/null; then
+    if running >/dev/null; then
         echo "the lab runs already; make lab-down ends it" >&2
         exit 1
     fi
     rm -rf "$lab"
     mkdir -p "$lab"
+    echo $$ >"$lab/lab.pid"
     bin/qipsec init --pair a b --out "$lab" --force --no-ipsec --here --address "$a,$b" >/dev/null
     cat >"$lab/qkdsim.toml" <<-END
 	[pair]
@@ -71,7 +80,7 @@ up() {
 	qkd_id = "$(field "$lab/b/qipsecd.toml" qkd_id)"
 	dir = "b/intake"
 	END
-	trap stop EXIT
+    trap finish EXIT
     trap 'exit 0' INT TERM
     start a bin/qipsecd -config "$lab/a/qipsecd.toml"
     start b bin/qipsecd -config "$lab/b/qipsecd.toml"
@@ -101,9 +110,10 @@ up() {
 
 	  . ./lab.env
 	  # SAE A asks node A for a key to share with SAE B (GetKey):
-	  curl -s --cacert $CA_CERT --cert $SAE_A_CERT --key $SAE_A_KEY "$KME_A_URL/api/v1/keys/$SAE_B_ID/enc_keys?number=1&size=256"
-	  # SAE B asks node B for the key with that key_ID (GetKeyWithID):
-	  curl -s --cacert $CA_CERT --cert $SAE_B_CERT --key $SAE_B_KEY "$KME_B_URL/api/v1/keys/$SAE_A_ID/dec_keys?key_ID=KEY_ID"
+	  keys=$(curl -s --cacert $CA_CERT --cert $SAE_A_CERT --key $SAE_A_KEY "$KME_A_URL/api/v1/keys/$SAE_B_ID/enc_keys?number=1&size=256"); echo "$keys"
+	  # SAE B asks node B for the key with that Key-ID (GetKeyWithID):
+	  id=$(sed -E 's/.*"key_ID":"([^"]*)".*/\1/' <<<"$keys")
+	  curl -s --cacert $CA_CERT --cert $SAE_B_CERT --key $SAE_B_KEY "$KME_B_URL/api/v1/keys/$SAE_A_ID/dec_keys?key_ID=$id"
 	  # what is left:
 	  curl -s --cacert $CA_CERT --cert $SAE_A_CERT --key $SAE_A_KEY "$KME_A_URL/api/v1/keys/$SAE_B_ID/status"
 
@@ -111,14 +121,12 @@ up() {
 	END
     # Until interrupted, or until one of the three ends.
     wait -n || true
-    if [ -e lab.env ]; then
-        echo "a daemon of the lab has ended; see $lab/*.log" >&2
-        exit 1
-    fi
+    echo "a daemon of the lab has ended; see $lab/*.log" >&2
+    exit 1
 }
 
 case ${1:-} in
 up) up ;;
-down) stop ;;
+down) down ;;
 *) echo "usage: lab.sh up|down" >&2; exit 2 ;;
 esac

@@ -24,13 +24,17 @@ func WipeAll(keys []SupplyKey) {
 // SupplyStatus is what a KME says of the keys one SAE may have for a peer SAE
 // (ETSI GS QKD 014 V1.1.1, "Status" data format). Sizes are in bits.
 type SupplyStatus struct {
-	SourceKME, TargetKME        string
-	MasterSAE, SlaveSAE         string
-	KeySize                     int // default size
-	StoredKeyCount, MaxKeyCount int
-	MaxKeyPerRequest            int
-	MaxKeySize, MinKeySize      int
-	MaxSAEIDCount               int // additional slaves of one request; 0: no multicast
+	SourceKME        string `json:"source_KME_ID"`
+	TargetKME        string `json:"target_KME_ID"`
+	MasterSAE        string `json:"master_SAE_ID"`
+	SlaveSAE         string `json:"slave_SAE_ID"`
+	KeySize          int    `json:"key_size"` // default size
+	StoredKeyCount   int    `json:"stored_key_count"`
+	MaxKeyCount      int    `json:"max_key_count"`
+	MaxKeyPerRequest int    `json:"max_key_per_request"`
+	MaxKeySize       int    `json:"max_key_size"`
+	MinKeySize       int    `json:"min_key_size"`
+	MaxSAEIDCount    int    `json:"max_SAE_ID_count"` // additional slaves of one request; 0: no multicast
 }
 
 // Usage says what an SAE did with a key (the paper's function F205).
