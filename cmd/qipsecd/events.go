@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -21,6 +22,7 @@ const (
 	batchSize  = 4096    // rows written in one transaction
 	flushEvery = time.Second
 	flushGrace = 3 * time.Second // for what is left at the end
+	maxLines   = 20              // of one kind of event in the log, in one second
 )
 
 // journal is what the recorder needs of the store.
@@ -40,6 +42,27 @@ type recorder struct {
 	usage  chan store.Event
 	events chan store.LogEvent
 	lost   atomic.Int64 // rows that found the queue full
+	lines  throttle
+}
+
+// throttle bounds what a feeder or peer gone wild can write into the log. The
+// events themselves are all kept, as far as their queues go.
+type throttle struct {
+	mu     sync.Mutex
+	second int64
+	n      map[string]int // lines by event code
+}
+
+// pass says whether an event may be logged, and whether it is the last one of
+// its code for this second.
+func (t *throttle) pass(code string, now time.Time) (ok, last bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if s := now.Unix(); t.n == nil || s != t.second {
+		t.second, t.n = s, map[string]int{}
+	}
+	t.n[code]++
+	return t.n[code] <= maxLines, t.n[code] == maxLines
 }
 
 func newRecorder(log *slog.Logger) *recorder {
@@ -94,7 +117,13 @@ func (s source) Event(code, severity, text string, attrs ...slog.Attr) {
 	if severity == string(store.SeverityRun) {
 		level = slog.LevelInfo
 	}
-	s.r.log.Log(context.Background(), level, text, args...) // the context carries nothing for a handler
+	ok, last := s.r.lines.pass(code, time.Now())
+	if last {
+		args = append(args, "further", "those of this second are among the events only: qipsec events")
+	}
+	if ok {
+		s.r.log.Log(context.Background(), level, text, args...) // the context carries nothing for a handler
+	}
 	s.r.add(e)
 }
 

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -107,5 +108,29 @@ func TestRecorderNeverBlocksAndTellsOfGaps(t *testing.T) {
 	r.flush(t.Context())
 	if !strings.Contains(log.String(), "the disk is full") {
 		t.Errorf("log: %s", &log)
+	}
+}
+
+func TestRecorderLogsWithinBounds(t *testing.T) {
+	var log strings.Builder
+	f := &fakeJournal{}
+	r := newRecorder(slog.New(slog.NewTextHandler(&log, nil)))
+	r.store = f
+	const n = 3000
+	began := time.Now()
+	for range n {
+		r.source("kma").Event("KEYFILE_REFUSED", "fault", "a file was refused")
+	}
+	seconds := int(time.Since(began).Seconds()) + 2 // that the events may lie in
+	r.source("kma").Event("STORE_RESTORED", "alarm", "another kind of event")
+	r.flush(t.Context())
+	if lines := strings.Count(log.String(), "KEYFILE_REFUSED"); lines < maxLines || lines > seconds*maxLines {
+		t.Errorf("%d lines for %d events", lines, n)
+	}
+	if !strings.Contains(log.String(), "qipsec events") || !strings.Contains(log.String(), "STORE_RESTORED") {
+		t.Errorf("log: %s", &log)
+	}
+	if len(f.events) != n+1 {
+		t.Errorf("%d events stored", len(f.events))
 	}
 }
