@@ -8,6 +8,7 @@ exec bin/testrun -out out/test \
     "testenv/run testenv/stock.sh" \
     "testenv/run testenv/sad.sh" \
     "scripts/demo-stage1.sh" \
+    "testenv/labtest.sh" \
     "testenv/run testenv/demo.sh" \
     "scripts/testbed-test.sh" \
     "testenv/run testenv/faults.sh" \
