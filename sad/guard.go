@@ -95,7 +95,7 @@ func (c GuardConfig) Policies() ([]xfrm.Policy, error) {
 		if ch.Protocol == 0 {
 			return nil, fmt.Errorf("sad: guard: channel to %v names no protocol", ch.Remote)
 		}
-		for _, p := range ch.allows() {
+		for _, p := range ch.policies() {
 			add(p)
 		}
 	}
@@ -114,26 +114,36 @@ func blocks(r netip.Prefix) []xfrm.Policy {
 			continue
 		}
 		// Without neighbour discovery the peer's own address could not be
-		// reached if it lies in r and on our link. These messages are never
-		// forwarded (hop limit 255).
+		// reached if it lies in r and on our link.
 		for typ := uint16(ndFirst); typ <= ndLast; typ++ {
-			all = append(all,
-				xfrm.Policy{Dir: xfrm.Out, Src: half, Dst: r, Protocol: protoICMPv6, SrcPort: typ, Priority: GuardAllow},
-				xfrm.Policy{Dir: xfrm.In, Src: r, Dst: half, Protocol: protoICMPv6, SrcPort: typ, Priority: GuardAllow})
+			all = append(all, ownOnly(half, r, protoICMPv6, typ, 0)...)
 		}
 	}
 	return all
 }
 
-// allows are the policies for one channel: both ways, never forwarded.
-func (ch Channel) allows() []xfrm.Policy {
+// policies are those for one channel.
+func (ch Channel) policies() []xfrm.Policy {
 	var all []xfrm.Policy
 	for _, half := range halves(ch.Remote) {
-		all = append(all,
-			xfrm.Policy{Dir: xfrm.Out, Src: half, Dst: ch.Remote, Protocol: ch.Protocol, SrcPort: ch.LocalPort, DstPort: ch.RemotePort, Priority: GuardAllow},
-			xfrm.Policy{Dir: xfrm.In, Src: ch.Remote, Dst: half, Protocol: ch.Protocol, SrcPort: ch.RemotePort, DstPort: ch.LocalPort, Priority: GuardAllow})
+		all = append(all, ownOnly(half, ch.Remote, ch.Protocol, ch.LocalPort, ch.RemotePort)...)
 	}
 	return all
+}
+
+// ownOnly lets this machine's own packets of one kind pass, both ways, and no
+// others. A forwarded packet asks fwd first and then out: the allow rule of out
+// alone would let every host behind this gateway send past the guard, so what it
+// names is dropped in fwd. ICMPv6 has its type as local port, the same both ways.
+func ownOnly(half, r netip.Prefix, protocol uint8, local, remote uint16) []xfrm.Policy {
+	out := xfrm.Policy{Dir: xfrm.Out, Src: half, Dst: r, Protocol: protocol, SrcPort: local, DstPort: remote, Priority: GuardAllow}
+	in := xfrm.Policy{Dir: xfrm.In, Src: r, Dst: half, Protocol: protocol, SrcPort: remote, DstPort: local, Priority: GuardAllow}
+	if protocol == protoICMPv6 {
+		in.SrcPort, in.DstPort = local, 0
+	}
+	fwd := out
+	fwd.Dir, fwd.Block, fwd.Priority = xfrm.Fwd, true, GuardBlock
+	return []xfrm.Policy{out, in, fwd}
 }
 
 func ofGuard(p xfrm.Policy) bool {

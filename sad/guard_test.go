@@ -106,6 +106,13 @@ func TestGuardDecides(t *testing.T) {
 		{xfrm.Out, "192.0.2.1", "10.2.0.1", 17, 40000, 7001, "block"},
 		{xfrm.Out, "192.0.2.1", "10.2.0.2", 6, 40000, 7001, "block"},
 		{xfrm.Fwd, "10.2.0.1", "192.0.2.1", 6, 7001, 40000, "block"},
+		// A host behind the gateway must not use the gateway's own ways out.
+		{xfrm.Fwd, "10.1.0.5", "10.2.0.1", 6, 40000, 7001, "block"},
+		{xfrm.Fwd, "10.1.0.5", "10.2.0.1", 6, 7001, 22, "block"},
+		{xfrm.Fwd, "2001:db8:1::5", "2001:db8:2::9", 58, 135, 0, "block"},
+		// What it sends otherwise must reach out's policies, the tunnel's among them.
+		{xfrm.Fwd, "10.1.0.5", "10.2.0.1", 6, 40000, 22, "none"},
+		{xfrm.Fwd, "2001:db8:1::5", "2001:db8:2::9", 58, 128, 0, "none"},
 	} {
 		if got := f.decide(tc.dir, tc.src, tc.dst, tc.protocol, tc.sport, tc.dport); got != tc.want {
 			t.Errorf("%v %s -> %s protocol %d %d -> %d: %s, want %s", tc.dir, tc.src, tc.dst, tc.protocol, tc.sport, tc.dport, got, tc.want)
