@@ -209,6 +209,43 @@ remote_ts = ["10.9.0.0/24"]
 	}
 }
 
+// What policy required protects must have no other way out of this gateway.
+func TestSharedTraffic(t *testing.T) {
+	for name, c := range map[string]struct {
+		policy, local, remote string
+		fault                 bool
+	}{
+		"same":            {"off", "10.1.0.0/24", "10.2.0.0/24", true},
+		"wider":           {"optional", "10.0.0.0/8", "10.0.0.0/8", true},
+		"everything":      {"off", "0.0.0.0/0", "0.0.0.0/0", true},
+		"one host":        {"off", "10.1.0.0/24", "10.2.0.7/32", true},
+		"other remote":    {"off", "10.1.0.0/24", "10.9.0.0/24", false},
+		"other local":     {"off", "10.7.0.0/24", "10.2.0.0/24", false},
+		"required itself": {"required", "10.1.0.0/24", "10.2.0.0/24", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			text := sample(t) + "\n" + `[[ipsec.connection]]
+name = "second"
+policy = "` + c.policy + `"
+local_sae = "a-ipsec"
+peer_sae = "b-ipsec"
+local_addr = "192.0.2.1"
+remote_addr = "192.0.2.2"
+local_id = "a.gw.q-ipsec"
+remote_id = "b.gw.q-ipsec"
+[[ipsec.connection.child]]
+name = "second"
+local_ts = ["` + c.local + `"]
+remote_ts = ["` + c.remote + `"]
+`
+			_, err := ParseNode("f", "/", []byte(text))
+			if (err != nil) != c.fault || c.fault && !strings.Contains(err.Error(), "ipsec.connection[1].child[0].remote_ts") {
+				t.Errorf("got %v, want a fault: %v", err, c.fault)
+			}
+		})
+	}
+}
+
 func TestVendorKMEOnly(t *testing.T) {
 	text := `
 [node]

@@ -71,7 +71,34 @@ func (r *reader) ipsec(raw *rawIPsec, n *Node) *IPsec {
 		}
 		v.Connection = append(v.Connection, c)
 	}
+	r.sharedTraffic(v.Connection)
 	return v
+}
+
+// sharedTraffic refuses a connection that may run without a quantum key and
+// covers traffic of one with policy required: while that one is down, or if both
+// have the same selectors at any time, the kernel would take the other's SAs, and
+// the guard, whose rules rank below every connection's, would not see it.
+func (r *reader) sharedTraffic(list []Connection) {
+	for i, c := range list {
+		if c.Policy == Required {
+			continue
+		}
+		for k, ch := range c.Children {
+			for _, other := range list {
+				if other.Policy == Required && slices.ContainsFunc(other.Children, func(o Child) bool {
+					return overlap(ch.LocalTS, o.LocalTS) && overlap(ch.RemoteTS, o.RemoteTS)
+				}) {
+					r.fault(fmt.Sprintf("ipsec.connection[%d].child[%d].remote_ts", i, k),
+						"shares traffic with connection %q, whose policy is %q: it would pass here without a quantum key", other.Name, Required)
+				}
+			}
+		}
+	}
+}
+
+func overlap(a, b []netip.Prefix) bool {
+	return slices.ContainsFunc(a, func(p netip.Prefix) bool { return slices.ContainsFunc(b, p.Overlaps) })
 }
 
 // localSAEs checks that our own KSA knows both SAEs of a connection.
