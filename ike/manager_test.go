@@ -342,17 +342,19 @@ func TestManagerForeign(t *testing.T) {
 		defer s.Manager.mu.Unlock()
 		return !s.at.IsZero()
 	})
-	s.sad.put(0xc0000001, 0xcf000001, sad.Owner{Connection: "link"})
-	s.sad.put(0xc0000003, 0xcfffffff, sad.Owner{Connection: "link"})
-	s.charon.SetIKEs(ours, foreign, half, ikeOf("opt", "net", 4), ikeOf("theirs", "net", 5), rekeyed)
+	quantum := sad.Owner{Connection: "link", Mix: sad.MixHybrid}
+	s.sad.put(0xc0000001, 0xcf000001, quantum)
+	s.sad.put(0xc0000003, 0xcfffffff, quantum)
+	s.sad.put(0xc0000007, 0xcf000007, sad.Owner{Connection: "link"}) // of a time when the policy was optional
+	s.charon.SetIKEs(ours, foreign, half, ikeOf("link", "net", 7), ikeOf("opt", "net", 4), ikeOf("theirs", "net", 5), rekeyed)
 	s.charon.Emit("child-updown", foreign.Up())
-	eventually(t, "both closed", func() bool { return s.events.count(EventForeignSA) >= 2 })
+	eventually(t, "all three closed", func() bool { return s.events.count(EventForeignSA) >= 3 })
 	eventually(t, "seen", func() bool { return len(s.state("link").Children) == 2 })
 	closed := map[string]bool{}
 	for _, c := range s.charon.Calls("terminate") {
 		closed[c.Message.Text("child-id")] = true
 	}
-	if len(closed) != 2 || !closed["102"] || !closed["103"] {
+	if len(closed) != 3 || !closed["102"] || !closed["103"] || !closed["107"] {
 		t.Errorf("terminated %v", closed)
 	}
 }

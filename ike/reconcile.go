@@ -99,7 +99,7 @@ func (m *Manager) look(ctx context.Context, l *link) error {
 		}
 		for id, f := range m.foreign(ikes, states) {
 			if _, before := foreign[id]; before {
-				m.terminate(ctx, l, f.conn, f.child, EventForeignSA, "a CHILD_SA that qipsecd did not install")
+				m.terminate(ctx, l, f.conn, f.child, EventForeignSA, "a CHILD_SA that qipsecd did not key with a quantum key")
 			}
 		}
 	}
@@ -125,7 +125,8 @@ type foreignChild struct {
 }
 
 // foreign gives, by unique id, the CHILD_SAs of required connections whose SAs
-// are not ours.
+// are not ours or have no quantum key in them: those were made while the policy
+// was optional, before a crash and a change of the configuration.
 func (m *Manager) foreign(ikes []vici.IKESA, states []sad.State) map[uint32]foreignChild {
 	ours := byKey(states)
 	found := map[uint32]foreignChild{}
@@ -139,11 +140,10 @@ func (m *Manager) foreign(ikes []vici.IKESA, states []sad.State) map[uint32]fore
 				continue
 			}
 			in, out := childIDs(ike, ch)
-			if _, ok := ours[keyOf(in)]; !ok {
-				found[ch.UniqueID] = foreignChild{c.Name, ch}
-			}
-			if _, ok := ours[keyOf(out)]; !ok {
-				found[ch.UniqueID] = foreignChild{c.Name, ch}
+			for _, id := range []sad.ID{in, out} {
+				if s, ok := ours[keyOf(id)]; !ok || s.Mix == sad.MixClassical {
+					found[ch.UniqueID] = foreignChild{c.Name, ch}
+				}
 			}
 		}
 	}
