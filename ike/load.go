@@ -71,7 +71,7 @@ func viciChild(c Connection, ch Child) vici.Child {
 	v := vici.Child{
 		Name: ch.Name, LocalTS: texts(ch.LocalTS), RemoteTS: texts(ch.RemoteTS),
 		Proposals: or(ch.Proposals, defaultESPProposals), Mode: "tunnel",
-		RekeyTime: ch.RekeyTime, RekeyBytes: ch.RekeyBytes,
+		RekeyTime: ch.RekeyTime, RekeyBytes: ch.RekeyBytes, LifeBytes: c.MaxKeyBytes,
 		Trap: ch.Start == StartTrap, ReplayWindow: ch.ReplayWindow,
 	}
 	if ch.Transport {

@@ -134,7 +134,7 @@ func TestLoadConn(t *testing.T) {
 		Remote: Auth{ID: "b.example", CACerts: [][]byte{[]byte("ca")}},
 		Children: []Child{
 			{Name: "z", LocalTS: []string{"10.1.0.0/24"}, RemoteTS: []string{"10.2.0.0/24"}, Proposals: []string{"e1"}, Mode: "tunnel", RekeyTime: 10 * time.Minute, LifeTime: time.Hour, ReplayWindow: 64},
-			{Name: "a", Mode: "transport", Trap: true, RekeyBytes: 5},
+			{Name: "a", Mode: "transport", Trap: true, RekeyBytes: 50, LifeBytes: 90},
 		},
 	})
 	if err != nil {
@@ -155,12 +155,12 @@ func TestLoadConn(t *testing.T) {
 		vicitest.S("remote", vicitest.V("auth", "pubkey"), vicitest.V("id", "b.example"), vicitest.L("cacerts", "ca")),
 		vicitest.S(
 			"children",
-			vicitest.S("a", vicitest.V("mode", "transport"), vicitest.V("rekey_time", "0"),
-				vicitest.V("rekey_bytes", "5"), vicitest.V("rekey_packets", "0"),
+			vicitest.S("a", vicitest.V("mode", "transport"), vicitest.V("rekey_time", "0"), vicitest.V("rand_time", "0"),
+				vicitest.V("rekey_bytes", "50"), vicitest.V("rand_bytes", "5"), vicitest.V("life_bytes", "90"), vicitest.V("rekey_packets", "0"),
 				vicitest.V("start_action", "trap"), vicitest.V("close_action", "none"), vicitest.V("dpd_action", "clear")),
 			vicitest.S("z", vicitest.L("local_ts", "10.1.0.0/24"), vicitest.L("remote_ts", "10.2.0.0/24"), vicitest.L("esp_proposals", "e1"),
-				vicitest.V("mode", "tunnel"), vicitest.V("rekey_time", "600"), vicitest.V("life_time", "3600"),
-				vicitest.V("rekey_bytes", "0"), vicitest.V("rekey_packets", "0"),
+				vicitest.V("mode", "tunnel"), vicitest.V("rekey_time", "600"), vicitest.V("rand_time", "60"), vicitest.V("life_time", "3600"),
+				vicitest.V("rekey_bytes", "0"), vicitest.V("rand_bytes", "0"), vicitest.V("life_bytes", "0"), vicitest.V("rekey_packets", "0"),
 				vicitest.V("start_action", "none"), vicitest.V("close_action", "none"), vicitest.V("dpd_action", "clear"), vicitest.V("replay_window", "64")),
 		),
 	}

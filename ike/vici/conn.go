@@ -38,10 +38,12 @@ type Child struct {
 	Name                     string
 	LocalTS, RemoteTS        []string
 	Proposals                []string
-	Mode                     string // tunnel or transport
-	RekeyTime, LifeTime      time.Duration
+	Mode                     string        // tunnel or transport
+	RekeyTime                time.Duration // the latest; charon begins up to a tenth earlier, by chance
+	LifeTime                 time.Duration // 0: charon's default, a tenth above RekeyTime
 	RekeyBytes, RekeyPackets uint64
-	Trap                     bool // install a trap policy: traffic brings the child up
+	LifeBytes                uint64 // 0: no limit
+	Trap                     bool   // install a trap policy: traffic brings the child up
 	ReplayWindow             uint32
 }
 
@@ -73,8 +75,11 @@ type childMessage struct {
 	Proposals    []string `vici:"esp_proposals"`
 	Mode         string   `vici:"mode"`
 	RekeyTime    string   `vici:"rekey_time"`
+	RandTime     string   `vici:"rand_time"`
 	LifeTime     string   `vici:"life_time"`
 	RekeyBytes   string   `vici:"rekey_bytes"`
+	RandBytes    string   `vici:"rand_bytes"`
+	LifeBytes    string   `vici:"life_bytes"`
 	RekeyPackets string   `vici:"rekey_packets"`
 	StartAction  string   `vici:"start_action"`
 	CloseAction  string   `vici:"close_action"`
@@ -134,8 +139,13 @@ func (a Auth) part() authPart {
 func (c Child) message() (*govici.Message, error) {
 	m := childMessage{
 		LocalTS: c.LocalTS, RemoteTS: c.RemoteTS, Proposals: c.Proposals, Mode: c.Mode,
-		RekeyTime:    seconds(c.RekeyTime),
+		RekeyTime: seconds(c.RekeyTime),
+		// Charon's own choice, life minus rekey, may be more than rekey, and then
+		// the soft limit is any number.
+		RandTime:     seconds(c.RekeyTime / 10),
 		RekeyBytes:   strconv.FormatUint(c.RekeyBytes, 10),
+		RandBytes:    strconv.FormatUint(c.RekeyBytes/10, 10),
+		LifeBytes:    strconv.FormatUint(c.LifeBytes, 10),
 		RekeyPackets: strconv.FormatUint(c.RekeyPackets, 10),
 		StartAction:  "none", CloseAction: "none", DPDAction: "clear",
 	}
