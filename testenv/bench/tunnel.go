@@ -10,9 +10,10 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/pprof"
-	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/q-ipsec/q-ipsec/ike"
 	"github.com/q-ipsec/q-ipsec/ike/plugin"
@@ -374,12 +375,12 @@ func tunnelRow(ctx context.Context, o options, l *lab, t *table) (err error) {
 
 func since(t time.Time) float64 { return float64(time.Since(t).Nanoseconds()) / 1e6 }
 
-// volatile is a directory in memory, if the machine has one.
+// volatile is a directory in memory, as /run is where qipsecd runs, if the
+// machine has one.
 func volatile() string {
-	for _, d := range strings.Fields("/run /dev/shm") {
-		if f, err := os.CreateTemp(d, "qipsec-bench-"); err == nil {
-			_ = f.Close()
-			_ = os.Remove(f.Name())
+	for _, d := range []string{"/run", "/dev/shm"} {
+		var st unix.Statfs_t
+		if unix.Statfs(d, &st) == nil && st.Type == unix.TMPFS_MAGIC && unix.Access(d, unix.W_OK) == nil {
 			return d
 		}
 	}
