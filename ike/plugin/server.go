@@ -29,6 +29,7 @@ const (
 	endLimit    = time.Second
 	// A rollback must also come through when qipsecd is being stopped.
 	rollbackLimit = 2 * time.Second
+	acceptPause   = 100 * time.Millisecond // while there is no file descriptor or memory for a connection
 )
 
 // Options of a Server. The zero value serves.
@@ -114,7 +115,7 @@ func (s *Server) Serve(ctx context.Context, h Handler) error {
 	stop := context.AfterFunc(ctx, func() { _ = s.l.Close() })
 	defer stop()
 	for {
-		c, err := s.l.AcceptUnix()
+		c, err := s.accept(ctx)
 		if ctx.Err() != nil {
 			if err == nil {
 				_ = c.Close()
@@ -122,7 +123,7 @@ func (s *Server) Serve(ctx context.Context, h Handler) error {
 			return nil
 		}
 		if err != nil {
-			return fmt.Errorf("plugin: accept: %w", err)
+			return err
 		}
 		select {
 		case s.slots <- struct{}{}:
@@ -136,6 +137,38 @@ func (s *Server) Serve(ctx context.Context, h Handler) error {
 			s.serve(ctx, c)
 		})
 	}
+}
+
+// accept waits through a lack of resources, which others may cause: a server
+// that gave up would stop qipsecd, and with it every tunnel.
+func (s *Server) accept(ctx context.Context) (*net.UnixConn, error) {
+	said := false
+	for {
+		c, err := s.l.AcceptUnix()
+		switch {
+		case err == nil:
+			return c, nil
+		case !scarce(err):
+			return nil, fmt.Errorf("plugin: accept: %w", err)
+		case !said:
+			s.log.Error("plugin socket: connections wait", "err", err)
+			said = true
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(acceptPause):
+		}
+	}
+}
+
+func scarce(err error) bool {
+	for _, e := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 // conn is one connection with its frame buffer, which is locked memory because

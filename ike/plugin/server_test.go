@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -447,6 +448,68 @@ func TestConnectionsAreBounded(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, "the slot is free again", func() bool { return c.Connect(t.Context()) == nil })
+}
+
+// writeFunc is an io.Writer.
+type writeFunc func(p []byte)
+
+func (f writeFunc) Write(p []byte) (int, error) { f(p); return len(p), nil }
+
+// Others of this process may use up the file descriptors; the server must be
+// there again when there are some.
+func TestNoFileDescriptorIsWaitedOut(t *testing.T) {
+	path := socket(t)
+	waits := make(chan struct{}, 1)
+	log := slog.New(slog.NewTextHandler(writeFunc(func(p []byte) {
+		if bytes.Contains(p, []byte("connections wait")) {
+			waits <- struct{}{}
+		}
+	}), nil))
+	serve(t, path, &fake{}, plugin.Options{Log: log})
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(fd) + 16, Max: old.Max}); err != nil {
+		t.Fatal(err)
+	}
+	var taken []int
+	release := func() {
+		_ = unix.Setrlimit(unix.RLIMIT_NOFILE, &old)
+		for _, v := range taken {
+			_ = unix.Close(v)
+		}
+		taken = nil
+	}
+	defer release()
+	for {
+		v, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			break
+		}
+		taken = append(taken, v)
+	}
+	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-waits:
+	case <-time.After(10 * time.Second):
+		t.Error("the server did not wait")
+	}
+	release()
+	c := plugintest.New(path)
+	if err := c.Connect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Disconnect(); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func TestListen(t *testing.T) {
