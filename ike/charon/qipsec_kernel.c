@@ -102,29 +102,30 @@ bool qi_expect(chunk_t encr_i, chunk_t integ_i, chunk_t encr_r, chunk_t integ_r)
 	return good;
 }
 
-/** Finds the token of an add_sa. Call with the mutex. */
+/** Finds the token of an add_sa and its direction. Call with the mutex. */
 static expected_t *find(kernel_ipsec_add_sa_t *data, int *dir)
 {
 	enumerator_t *enumerator;
 	expected_t *entry, *found = NULL;
+	int i;
 
 	enumerator = this_kernel.expected->create_enumerator(this_kernel.expected);
 	while (!found && enumerator->enumerate(enumerator, &entry))
 	{
-		for (*dir = 0; *dir < 2 && !found; (*dir)++)
+		for (i = 0; i < 2 && !found; i++)
 		{
-			if (entry->len[*dir] == data->enc_key.len + data->int_key.len &&
-				memeq_const(entry->token[*dir], data->enc_key.ptr,
+			if (entry->len[i] == data->enc_key.len + data->int_key.len &&
+				memeq_const(entry->token[i], data->enc_key.ptr,
 							data->enc_key.len) &&
-				memeq_const(entry->token[*dir] + data->enc_key.len,
+				memeq_const(entry->token[i] + data->enc_key.len,
 							data->int_key.ptr, data->int_key.len))
 			{
 				found = entry;
+				*dir = i;
 			}
 		}
 	}
 	enumerator->destroy(enumerator);
-	*dir -= 1;
 	return found;
 }
 
