@@ -196,7 +196,9 @@ func (r *recorder) flush(ctx context.Context) {
 			return
 		}
 	}
-	for len(r.events) > 0 && ctx.Err() == nil {
+	// No more than there are now: each costs a sync of the disk, and a storm of
+	// them must not keep the usage history waiting.
+	for n := len(r.events); n > 0 && ctx.Err() == nil; n-- {
 		if err := r.store.AppendEvent(ctx, <-r.events); err != nil {
 			r.log.Error("event not stored", "err", err)
 			return

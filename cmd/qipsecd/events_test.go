@@ -111,6 +111,32 @@ func TestRecorderNeverBlocksAndTellsOfGaps(t *testing.T) {
 	}
 }
 
+// storm reports another event whenever one was written.
+type storm struct {
+	*fakeJournal
+	r     *recorder
+	after int // events written in all
+}
+
+func (s *storm) AppendEvent(ctx context.Context, e store.LogEvent) error {
+	if s.after++; s.after < 1000 {
+		s.r.source("kma").Event("KEYFILE_REFUSED", "fault", "again")
+	}
+	return s.fakeJournal.AppendEvent(ctx, e)
+}
+
+// A storm of events does not keep the usage history from being written.
+func TestUsageIsWrittenInAStormOfEvents(t *testing.T) {
+	r := newRecorder(quiet())
+	s := &storm{fakeJournal: &fakeJournal{}, r: r}
+	r.store = s
+	r.source("kma").Event("KEYFILE_REFUSED", "fault", "first")
+	r.flush(t.Context())
+	if s.after != 1 || len(r.events) != 1 {
+		t.Errorf("one round has written %d events, %d wait", s.after, len(r.events))
+	}
+}
+
 func TestRecorderLogsWithinBounds(t *testing.T) {
 	var log strings.Builder
 	f := &fakeJournal{}
