@@ -293,6 +293,41 @@ func TestTakenInFileIsOverwritten(t *testing.T) {
 	}
 }
 
+// TestSparseFileIsNotFilled: a huge file with little in it must not fill the
+// disk when it is overwritten.
+func TestSparseFileIsNotFilled(t *testing.T) {
+	s := newSite(t, nil)
+	const size, at = 1 << 28, 100 << 20
+	tmp := filepath.Join(s.intake(), ".z.tmp")
+	f, err := os.OpenFile(tmp, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }()
+	secret := bytes.Repeat([]byte("K"), 5000)
+	if _, err := f.WriteAt(secret, at); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Truncate(size); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(s.intake(), keyfile.Name(pairID, 1))
+	if err := os.Rename(tmp, name); err != nil {
+		t.Fatal(err)
+	}
+	s.w.want("the file away", func() bool { return !exists(name) })
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		t.Fatal(err)
+	}
+	if st.Blocks*512 > 1<<20 {
+		t.Errorf("%d bytes on disk of a file with %d", st.Blocks*512, len(secret))
+	}
+	if _, err := f.ReadAt(secret, at); err != nil || !bytes.Equal(secret, make([]byte, len(secret))) {
+		t.Errorf("bytes are left on disk (%v)", err)
+	}
+}
+
 // TestUnfinishedFilesAreLeft: a feeder's temporary files are none of ours.
 func TestUnfinishedFilesAreLeft(t *testing.T) {
 	s := newSite(t, nil)

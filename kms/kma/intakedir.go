@@ -193,14 +193,29 @@ func (d *intakeDir) destroy(name string) error {
 	return nil
 }
 
+// overwrite writes zeros over what is on disk of a file. Holes are left: there
+// is nothing in them, and filling those of a huge file would fill the disk.
 func overwrite(f *os.File, size int64) error {
 	zero := make([]byte, 64<<10)
-	for size > 0 {
-		n, err := f.Write(zero[:min(size, int64(len(zero)))])
+	for at := int64(0); at < size; {
+		from, err := f.Seek(at, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			break // a hole up to the end
+		}
 		if err != nil {
 			return err
 		}
-		size -= int64(n)
+		to, err := f.Seek(from, unix.SEEK_HOLE)
+		if err != nil {
+			return err
+		}
+		for at = from; at < to; {
+			n, err := f.WriteAt(zero[:min(to-at, int64(len(zero)))], at)
+			if err != nil {
+				return err
+			}
+			at += int64(n)
+		}
 	}
 	return f.Sync()
 }
