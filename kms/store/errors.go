@@ -29,3 +29,6 @@ var (
 	ErrRestored  = errors.New("database is an older copy")
 	ErrAccess    = errors.New("file may be read or changed by others")
 )
+
+// errRootFile is in every error of the step that replaces the root file.
+var errRootFile = errors.New("cannot replace root file")

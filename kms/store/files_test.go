@@ -91,6 +91,47 @@ func TestReadOnlyRoot(t *testing.T) {
 	}
 }
 
+// A ratchet that cannot end does not lock the node out at its next start: one
+// that finds the root file not replaceable has changed nothing, and what one
+// left that failed at the very end is usable until a later one ends it.
+func TestOpenAfterAFailedRatchet(t *testing.T) {
+	for name, files := range map[string]rootFiles{"read-only": readOnlyFiles{}, "no rename": noRename{}} {
+		t.Run(name, func(t *testing.T) {
+			opt, ctx := testOptions(damaged(t)), testContext(t)
+			opt.files = files
+			s, err := Open(ctx, opt)
+			must(t, err)
+			if err := s.Ratchet(ctx); !errors.Is(err, unix.EROFS) {
+				t.Errorf("error %v", err)
+			}
+			must(t, s.Close())
+			s, err = Open(ctx, opt)
+			if err != nil {
+				t.Fatalf("the next start: %v", err)
+			}
+			if st, err := s.Stats(ctx); err != nil || st.Epoch != 1 || s.epoch != 1 && name == "read-only" {
+				t.Errorf("root file at epoch %d, rows at %d, %v", st.Epoch, s.epoch, err)
+			}
+			must(t, s.Close())
+			opt.files = nil
+			s = mustOpen(t, opt)
+			if st, err := s.Stats(ctx); err != nil || st.Epoch != s.epoch {
+				t.Errorf("root file at epoch %d, rows at %d, %v", st.Epoch, s.epoch, err)
+			}
+			if n, err := drain(t, s); n != allKeys || err != nil {
+				t.Errorf("%d keys, %v", n, err)
+			}
+		})
+	}
+}
+
+// noRename lets everything happen but the last step.
+type noRename struct{ osFiles }
+
+func (noRename) rename(from, to string) error {
+	return &os.LinkError{Op: "rename", Old: from, New: to, Err: unix.EROFS}
+}
+
 // readOnlyFiles stands for a read-only mount, which root's permissions pass by.
 type readOnlyFiles struct{ osFiles }
 

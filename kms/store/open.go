@@ -6,7 +6,6 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"time"
 
@@ -22,7 +21,8 @@ import (
 // belong together (ErrNoRoot, ErrWrongRoot, ErrOldRoot, ErrRestored). Every row
 // that states rest on is verified: a damaged node or pool row is ErrDamaged, a
 // damaged block is given up with an alarm event. A ratchet that a crash cut off
-// is finished. A new database beside an existing root file takes over its
+// is finished, unless the root file cannot be replaced: then the next one does
+// it. A new database beside an existing root file takes over its
 // store UUID and epoch, so that a database that was only out of place still fits.
 func Open(ctx context.Context, opt Options) (*Store, error) {
 	path, err := databasePath(opt.URL)
@@ -45,7 +45,12 @@ func Open(ctx context.Context, opt Options) (*Store, error) {
 	}
 	if s.epoch != s.root.epoch {
 		opt.Log.Info("store: finishing a ratchet that was cut off", "epoch", s.epoch)
-		if err := s.Ratchet(ctx); err != nil {
+		switch err := s.Ratchet(ctx); {
+		case errors.Is(err, errRootFile):
+			// The root reaches both epochs: all works but that used keys can still
+			// be recovered. The next Ratchet tries again, and its caller reports.
+			opt.Log.Error("store: ratchet not finished: used keys can still be recovered from disk and root file", "err", err)
+		case err != nil:
 			return nil, errors.Join(err, s.Close())
 		}
 	}
@@ -77,8 +82,11 @@ func (s *Store) open(ctx context.Context) (err error) {
 	if s.root, err = readRoot(s.opt.RootFile); err != nil {
 		return err
 	}
-	if err := os.Remove(s.opt.RootFile + ".new"); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("store: remove a leftover: %w", err)
+	// Looked at first: on a read-only mount removing what is not there fails, too.
+	if _, err := os.Lstat(s.opt.RootFile + ".new"); err == nil {
+		if err := os.Remove(s.opt.RootFile + ".new"); err != nil {
+			return fmt.Errorf("store: remove a leftover: %w", err)
+		}
 	}
 	if s.w, err = s.opt.open(dsn(s.path, false)); err != nil {
 		return fmt.Errorf("store: open %s: %w", s.path, err)

@@ -19,7 +19,8 @@ const ratchetChunk = 256
 // the keys read, and replaces the root file. When it returns nil, no copy of the
 // database gives back any key that was read or destroyed before the call.
 // After an error, or a crash, the same step is finished by the next call, or by
-// Open. Keys of a lease that Advance recorded and Load has yet to read survive.
+// Open. If the root file's directory cannot be written to, nothing is changed.
+// Keys of a lease that Advance recorded and Load has yet to read survive.
 func (s *Store) Ratchet(ctx context.Context) error {
 	select {
 	case s.ratcheting <- struct{}{}:
@@ -42,6 +43,11 @@ func (s *Store) ratchetStep(ctx context.Context) (more bool, err error) {
 		return false, err
 	}
 	defer s.release()
+	if s.epoch == s.root.epoch {
+		if err := tryRoot(s.opt.files, s.opt.RootFile); err != nil {
+			return false, err // nothing was changed
+		}
+	}
 	s.epoch = s.root.epoch + 1 // from here on nothing is sealed under the old one
 	n := 0
 	for _, p := range s.pools {

@@ -191,6 +191,21 @@ func readRoot(path string) (*root, error) {
 	return r, nil
 }
 
+// rootFault is the error of a step on the way to a new root file.
+func rootFault(path, step string, err error) error {
+	return fmt.Errorf("store: %w %s: %s: %w; its directory must be writable and have space", errRootFile, path, step, err)
+}
+
+// tryRoot fails where replaceRoot would for want of a directory that can be
+// written to. What it leaves there holds no secret, and replaceRoot takes its
+// place.
+func tryRoot(fsys rootFiles, path string) error {
+	if err := fsys.create(path+".new", make([]byte, rootSize)); err != nil {
+		return rootFault(path, "write", err)
+	}
+	return nil
+}
+
 // replaceRoot makes path hold r, or leaves it as it was: write, sync, rename,
 // sync the directory, then overwrite what the old file held. late is an error
 // of that last step, after which the new root is in force all the same.
@@ -200,9 +215,7 @@ func replaceRoot(fsys rootFiles, path string, r *root) (late, err error) {
 		return nil, err
 	}
 	defer b.Wipe()
-	fail := func(step string, err error) error {
-		return fmt.Errorf("store: replace root file %s: %s: %w; its directory must be writable and have space", path, step, err)
-	}
+	fail := func(step string, err error) error { return rootFault(path, step, err) }
 	if err := fsys.create(path+".new", b.Bytes()); err != nil {
 		return nil, fail("write", err)
 	}
