@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -317,6 +318,17 @@ func (b *Broker) verify(charonVersion string) error {
 		b.blocked = fmt.Errorf("the qipsec plugin was built for strongSwan %s, charon is %s: rebuild the plugin", b.hello.Version, charonVersion)
 	}
 	return b.blocked
+}
+
+// bypassed says why the served charon would key the connection without asking:
+// its own setting names it. charon splits that at commas and spaces.
+func (b *Broker) bypassed(name string) error {
+	h, _ := b.charon()
+	names := strings.FieldsFunc(h.Off, func(c rune) bool { return c == ',' || c == ' ' })
+	if !slices.Contains(names, name) {
+		return nil
+	}
+	return errors.New("charon.plugins.qipsec.off names it, so charon would key it without a quantum key: take it off that list and restart charon")
 }
 
 // errShutdown is the cause of every refusal while qipsecd stops.

@@ -261,6 +261,12 @@ func (m *Manager) settle(ctx context.Context, l *link) error {
 		if l.loaded[c.Name] || cause != nil && c.Policy == Required {
 			continue
 		}
+		if err := m.o.Broker.bypassed(c.Name); err != nil && c.Policy == Required {
+			if m.fault(l, c.Name, err) {
+				m.takeOut(ctx, l, c.Name)
+			}
+			continue
+		}
 		if err := m.load(ctx, l, c); err != nil {
 			m.fault(l, c.Name, err)
 			continue
@@ -307,17 +313,23 @@ func (m *Manager) setBlocked(ctx context.Context, l *link, cause error) {
 			Severity: Alarm, Code: EventPlugin, Connection: c.Name,
 			Text: fmt.Sprintf("connection %q is blocked: %v", c.Name, cause),
 		})
-		// Both may find nothing: charon may never have had them.
-		_ = l.client.UnloadConn(ctx, c.Name)
-		_ = l.client.TerminateConn(ctx, c.Name, 0)
-		m.mu.Lock()
-		delete(l.loaded, c.Name)
-		m.mu.Unlock()
+		m.takeOut(ctx, l, c.Name)
 	}
 }
 
-// fault notes why a connection is not loaded, and says so once per cause.
-func (m *Manager) fault(l *link, name string, err error) {
+// takeOut unloads a connection and closes its SAs. Both may find nothing: charon
+// may never have had them.
+func (m *Manager) takeOut(ctx context.Context, l *link, name string) {
+	_ = l.client.UnloadConn(ctx, name)
+	_ = l.client.TerminateConn(ctx, name, 0)
+	m.mu.Lock()
+	delete(l.loaded, name)
+	m.mu.Unlock()
+}
+
+// fault notes why a connection is not loaded, and says so once per cause; fresh
+// tells that it did.
+func (m *Manager) fault(l *link, name string, err error) (fresh bool) {
 	m.mu.Lock()
 	same := l.faults[name] == err.Error()
 	l.faults[name] = err.Error()
@@ -328,6 +340,7 @@ func (m *Manager) fault(l *link, name string, err error) {
 			Text: fmt.Sprintf("connection %q not loaded: %v", name, err),
 		})
 	}
+	return !same
 }
 
 // heard logs what charon reported.

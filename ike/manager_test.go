@@ -299,6 +299,33 @@ func TestManagerVersion(t *testing.T) {
 
 // charon dies and comes back: everything is loaded and initiated again, and
 // what the dead one left in the SAD goes.
+// A required connection that charon is told to key by itself is not loaded, and
+// what an earlier run left of it is taken out.
+func TestManagerBypassed(t *testing.T) {
+	s := newSite(t, func(_ *site, c []Connection) []Connection {
+		other := c[0]
+		other.Name = "link2"
+		return append(c, other)
+	})
+	_, _ = rand.Read(s.inst[:])
+	h := plugin.Hello{Instance: s.inst, ABI: plugin.ABI, Version: "5.9.8", Off: "mgmt,  link"}
+	if err := s.broker.Hello(t.Context(), h); err != nil {
+		t.Fatal(err)
+	}
+	s.run()
+	eventually(t, "the other is loaded", func() bool { return s.loaded("link2") })
+	eventually(t, "blocked", s.is("link", StateBlocked))
+	eventually(t, "taken out", func() bool {
+		return slices.ContainsFunc(s.charon.Calls("terminate"), func(c vicitest.Call) bool { return c.Message.Text("ike") == "link" })
+	})
+	if s.loaded("link") || !strings.Contains(s.state("link").Cause, "charon.plugins.qipsec.off") {
+		t.Errorf("loaded: %v, status %+v", s.loaded("link"), s.state("link"))
+	}
+	if n := s.events.count(EventLoadFailed); n != 1 {
+		t.Errorf("%d alarms", n)
+	}
+}
+
 func TestManagerReconnect(t *testing.T) {
 	s := newSite(t, nil)
 	s.connects(sad.Owner{Connection: "link", Mix: sad.MixHybrid})

@@ -53,8 +53,9 @@ typedef struct {
 	char why[512];
 } qi_call_t;
 
-/** Starts the plugin's standing connection; socket stays the caller's. */
-bool qi_socket_start(const char *socket);
+/** Starts the plugin's standing connection, which tells qipsecd the setting
+ *  `off` (or NULL). Both strings stay the caller's, off until qi_socket_stop(). */
+bool qi_socket_start(const char *socket, const char *off);
 
 /** Ends it and waits for its thread. */
 void qi_socket_stop(void);

@@ -84,7 +84,7 @@ static bool hook(plugin_t *this, plugin_feature_t *feature, bool reg, void *data
 	}
 	/* whatever fails here, the plugin stays and refuses */
 	if (!qi_ike_start() || !qi_kernel_start() ||
-		!qi_socket_start(this_plugin.socket))
+		!qi_socket_start(this_plugin.socket, this_plugin.off))
 	{
 		this_plugin.unfit = "the plugin could not start";
 	}

@@ -103,7 +103,8 @@ enum {
 	QI_T_TEXT = 65,
 	QI_T_ENCR_KEY = 66,
 	QI_T_INTEG_KEY = 67,
-	QI_T_COUNT = 68,
+	QI_T_OFF = 68,
+	QI_T_COUNT = 69,
 };
 
 /** Policies. */

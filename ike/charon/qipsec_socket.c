@@ -41,6 +41,8 @@ static const struct {
 static struct {
 	struct sockaddr_un addr;
 	uint8_t instance[16];
+	/** setting `off`, borrowed; NULL: none */
+	const char *off;
 	/** written once to end the thread */
 	int stop;
 	thread_t *thread;
@@ -362,6 +364,10 @@ static void *keep(void *unused)
 	while (on)
 	{
 		qi_call_init(call, QI_HELLO);
+		if (this_socket.off && *this_socket.off)
+		{
+			qi_put(call, QI_T_OFF, this_socket.off, strlen(this_socket.off));
+		}
 		there = qi_call_run(call);
 		if (there)
 		{
@@ -391,7 +397,7 @@ static void *keep(void *unused)
 	return NULL;
 }
 
-bool qi_socket_start(const char *socket)
+bool qi_socket_start(const char *socket, const char *off)
 {
 	this_socket.addr.sun_family = AF_UNIX;
 	if (strlen(socket) >= sizeof(this_socket.addr.sun_path))
@@ -400,6 +406,7 @@ bool qi_socket_start(const char *socket)
 		return FALSE;
 	}
 	strcpy(this_socket.addr.sun_path, socket);
+	this_socket.off = off;
 	if (getrandom(this_socket.instance, sizeof(this_socket.instance), 0) !=
 		sizeof(this_socket.instance))
 	{

@@ -17,6 +17,7 @@ const (
 	maxKey      = 128  // one chunk
 	maxText     = 500  // REFUSE
 	maxTS       = 128  // selectors on one side
+	maxOff      = 4096 // charon's setting of that name
 	sizeConfirm = 32
 )
 
@@ -76,6 +77,10 @@ func AppendRequest(b []byte, h Hello, deadline time.Duration, m any) ([]byte, er
 
 func (w *writer) request(m any) {
 	switch m := m.(type) {
+	case Hello:
+		if m.Off != "" {
+			w.str(tagOff, m.Off)
+		}
 	case GetKey:
 		w.sa(m.SA, m.Connection)
 		w.bytes(tagPeer, m.Peer.AsSlice())
@@ -231,6 +236,9 @@ func parseRequest(b []byte) (request, error) {
 	sa := SA{Instance: q.hello.Instance}
 	switch r.kind {
 	case kindHello:
+		if r.there[tagOff] {
+			q.hello.Off = r.str(tagOff, maxOff)
+		}
 		q.message = q.hello
 	case kindGetKey:
 		m := GetKey{}

@@ -332,6 +332,24 @@ func TestSelectorPrefix(t *testing.T) {
 	}
 }
 
+// The setting `off` travels in HELLO and nowhere else.
+func TestHelloNamesBypassedConnections(t *testing.T) {
+	h := testHello
+	h.Off = "mgmt, legacy"
+	q, err := parseRequest(encode(t, h))
+	if err != nil || q.hello != h {
+		t.Errorf("%+v, %v", q.hello, err)
+	}
+	h.Off = "new\nline"
+	if _, err := parseRequest(encode(t, h)); err == nil {
+		t.Error("a control character was taken")
+	}
+	f := append(encode(t, End{SA: testSA}), 0, byte(tagOff), 0, 1, 'x')
+	if _, err := parseRequest(f); err == nil {
+		t.Error("taken in END")
+	}
+}
+
 // TestHeaderOfCPlugin holds the numbers of the C plugin against ours.
 func TestHeaderOfCPlugin(t *testing.T) {
 	c, err := os.ReadFile("../charon/qipsec_protocol.h")

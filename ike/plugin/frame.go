@@ -116,7 +116,8 @@ const (
 	tagText        tag = 65
 	tagEncrKey     tag = 66
 	tagIntegKey    tag = 67
-	tagEnd         tag = 68 // one more than the last
+	tagOff         tag = 68
+	tagEnd         tag = 69 // one more than the last
 )
 
 // maxTLVs bounds a frame's TLVs: all once and 128 selectors on either side.

@@ -24,6 +24,7 @@ type Hello struct {
 	Mediation bool   // compiled with -DME; the plugin has compared it with charon's build
 	PID       int    // charon's, from the socket's peer credentials
 	UID       int    // likewise; only root and qipsecd's own user are served
+	Off       string // charon.plugins.qipsec.off as it is: connections that never reach the socket
 }
 
 // SA is a reference to one IKE_SA of one charon.
