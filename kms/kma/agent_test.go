@@ -371,6 +371,38 @@ func TestAlgorithmsDiffer(t *testing.T) {
 	}
 }
 
+// TestAlgorithmChanged: blocks taken in under another algorithm than the two
+// ends have now cannot be agreed, and do not stand in the way of later ones.
+func TestAlgorithmChanged(t *testing.T) {
+	for name, both := range map[string]bool{"master had taken it in": false, "both had": true} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, nil)
+			l := newLedger(w)
+			w.start(w.a, l.keep)
+			w.feed(1, 4, nil)
+			w.want("the master's file", func() bool { return w.info(w.a).Received == 4 })
+			w.halt(w.a)
+			if both {
+				w.start(w.b, l.keep)
+				w.want("the slave's file", func() bool { return w.info(w.b).Received == 4 })
+				w.halt(w.b)
+			}
+			tune := func(o *Options) { o.Pools[0].Algorithm = SHA3 }
+			w.a.tune, w.b.tune = tune, tune
+			w.both(l.keep)
+			w.feed(2, 40, nil)
+			w.want("seq 2 active, nothing left of seq 1", func() bool {
+				a, b := w.info(w.a), w.info(w.b)
+				return a.Received+b.Received == 0 && w.agreed() && w.a.events.count("M102_ALGORITHM") == 1
+			})
+			w.want("a key", func() bool {
+				k, err := l.take(t.Context(), w.a)
+				return err == nil && k.Position.Seq() == 2 && l.claim(w.b, k)
+			})
+		})
+	}
+}
+
 // TestNoSupplyWithoutPeer: neither before the first sync nor from a lease that
 // was not acknowledged.
 func TestNoSupplyWithoutPeer(t *testing.T) {

@@ -27,6 +27,9 @@ func (p *pool) validate(ctx context.Context) (again bool, err error) {
 		return false, err
 	}
 	resp, err := p.peer.Validate(ctx, req)
+	if type1.CodeOf(err) == type1.AlgorithmMismatch && req.Algorithm != p.Algorithm {
+		return true, p.outdated(ctx, batch, epoch)
+	}
 	if type1.CodeOf(err) == type1.AlgorithmMismatch {
 		_ = p.otherAlgorithm("other") // leases of what was agreed before go on
 		p.ask = time.Now().Add(p.a.o.RetryMax)
@@ -63,6 +66,26 @@ func (p *pool) validate(ctx context.Context) (again bool, err error) {
 		agreed++
 	}
 	return agreed == len(batch), nil
+}
+
+// outdated destroys the master's blocks of a batch that were taken in under an
+// algorithm that neither end has now: they can never be agreed, and nothing
+// after them could become active.
+func (p *pool) outdated(ctx context.Context, batch []BlockInfo, epoch uint64) error {
+	if err := p.acquire(ctx); err != nil {
+		return err
+	}
+	defer p.release()
+	defer p.refresh(ctx)
+	if p.epoch != epoch {
+		return errChanged
+	}
+	for i := range batch {
+		if err := p.destroy(ctx, "M102_ALGORITHM", "fault", &batch[i], "it was taken in under "+batch[i].Algorithm+", now it is "+p.Algorithm); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (p *pool) openValidate(ctx context.Context) (type1.ValidateRequest, []BlockInfo, uint64, error) {
