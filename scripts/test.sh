@@ -12,4 +12,5 @@ exec bin/testrun -out out/test \
     "testenv/run testenv/demo.sh" \
     "scripts/testbed-test.sh" \
     "testenv/run testenv/faults.sh" \
-    "testenv/run testenv/rekeys.sh"
+    "testenv/run testenv/rekeys.sh" \
+    "testenv/run testenv/secrets.sh"
