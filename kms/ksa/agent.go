@@ -104,7 +104,7 @@ type Options struct {
 	Reserve     int           // keys of each peer's pool kept for IPsec SAEs
 	TTL         time.Duration // how long a key waits for its slave SAE; default 5 minutes, at most an hour
 	PullTimeout time.Duration // bound on asking the peer for missing notices; default 500 ms
-	MaxNotices  int           // notices of peers held at once, of ours four times as many; default 110,000
+	MaxNotices  int           // notices of one peer held at once, of ours to all peers four times as many; default 110,000
 	MaxKeyCount int           // what Status calls max_key_count; default 10,000,000
 	RetryAfter  time.Duration // hint with "no key left"; default 1 s
 
@@ -149,7 +149,7 @@ func New(o Options) (*Agent, error) {
 			a.nodes[s.Node] = true
 		}
 	}
-	a.in.init(o.MaxNotices)
+	a.in.init(o.MaxNotices, a.nodes)
 	a.out.init(4*o.MaxNotices, a.nodes)
 	return a, nil
 }

@@ -60,18 +60,24 @@ type arrival struct {
 	spent bool // supplied and not sent yet: kept so that the notice to come is known
 }
 
-// inbox holds the arrivals, each until its key is supplied or it expires.
+// inbox holds the arrivals, each until its key is supplied or it expires. Each
+// peer has room of its own: keys of one that nobody fetches do not stop those
+// of another.
 type inbox struct {
 	max   int64
-	n     atomic.Int64
+	n     map[string]*atomic.Int64 // arrivals by peer; the map is fixed
 	shard [shards]struct {
 		mu sync.Mutex
 		m  map[key.ID]*arrival
 	}
 }
 
-func (b *inbox) init(limit int) {
+func (b *inbox) init(limit int, peers map[string]bool) {
 	b.max = int64(limit)
+	b.n = make(map[string]*atomic.Int64, len(peers))
+	for p := range peers {
+		b.n[p] = new(atomic.Int64)
+	}
 	for i := range b.shard {
 		b.shard[i].m = make(map[key.ID]*arrival)
 	}
@@ -103,20 +109,20 @@ func (b *inbox) add(a *arrival, pulled bool) error {
 			old.sent = true
 			if old.spent {
 				delete(s.m, a.KeyID)
-				b.n.Add(-1)
+				b.n[a.peer].Add(-1)
 			}
 		}
 		return nil
 	}
 	a.sent = !pulled
-	limit := b.max
+	n, limit := b.n[a.peer], b.max
 	if pulled {
 		limit += b.max / 8
 	}
-	if b.n.Load() >= limit {
+	if n.Load() >= limit {
 		return errFull
 	}
-	b.n.Add(1)
+	n.Add(1)
 	s.m[a.KeyID] = a
 	return nil
 }
@@ -127,7 +133,7 @@ func (b *inbox) remove(a *arrival) {
 	defer s.mu.Unlock()
 	if s.m[a.KeyID] == a {
 		delete(s.m, a.KeyID)
-		b.n.Add(-1)
+		b.n[a.peer].Add(-1)
 	}
 }
 
@@ -136,7 +142,7 @@ func (b *inbox) remove(a *arrival) {
 func (b *inbox) spend(a *arrival) {
 	s := &b.shard[of(a.KeyID)]
 	s.mu.Lock()
-	wait := !a.sent && b.n.Load() < b.max
+	wait := !a.sent && b.n[a.peer].Load() < b.max
 	a.spent = wait
 	s.mu.Unlock()
 	if !wait {
@@ -203,7 +209,7 @@ func (a *Agent) receive(peer string, ns []Notice, pulled bool) error {
 func (a *Agent) accept(peer string, n Notice, now time.Time, pulled bool) error {
 	m := a.saes[n.MasterSAE]
 	switch {
-	case m == nil || m.Node != peer:
+	case m == nil || m.Node != peer || !a.nodes[peer]:
 		return fmt.Errorf("ksa: node %q sent a notice of master SAE %q, which is not its own", peer, n.MasterSAE)
 	case len(n.SlaveSAEs) != 1:
 		return fmt.Errorf("ksa: notice of key %s names %d slave SAEs, not one", n.KeyID, len(n.SlaveSAEs))

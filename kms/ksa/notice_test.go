@@ -30,7 +30,7 @@ func TestNoticesAreDelivered(t *testing.T) {
 		all = append(all, mustGet(t, a, "a1", "b1", 100, 256)...)
 	}
 	a.run(t)
-	eventually(t, "all notices at the peer", func() bool { return b.in.n.Load() == 300 })
+	eventually(t, "all notices at the peer", func() bool { return b.in.n["a"].Load() == 300 })
 	eventually(t, "nothing left to send", func() bool {
 		_, ok := a.Issued("b", all[299].ID)
 		return !ok
@@ -60,8 +60,8 @@ func TestNoticesAreFlushedAtTheEnd(t *testing.T) {
 	eventually(t, "a first attempt", func() bool { sent, _ := a.peers.count(); return sent > 0 })
 	close(up)
 	stop()
-	if b.in.n.Load() != 2 {
-		t.Errorf("%d notices arrived", b.in.n.Load())
+	if b.in.n["a"].Load() != 2 {
+		t.Errorf("%d notices arrived", b.in.n["a"].Load())
 	}
 }
 
@@ -83,7 +83,7 @@ func TestLostNoticeIsPulled(t *testing.T) {
 	eventually(t, "notices of keys that were supplied are gone", func() bool {
 		a.out.mu.Lock()
 		defer a.out.mu.Unlock()
-		return len(a.out.m) == 0 && b.in.n.Load() == 0
+		return len(a.out.m) == 0 && b.in.n["a"].Load() == 0
 	})
 	if _, err := fetch(t, b, "b1", "a1", ids(x)[:1], 0); err == nil {
 		t.Error("a key was supplied twice")
@@ -142,7 +142,7 @@ func TestPullGivesOtherNotice(t *testing.T) {
 	b.peers.extra = []Notice{n}
 	_, err := fetch(t, b, "b1", "a1", ids(x[:1]), 0)
 	wantKind(t, err, "unavailable")
-	if b.in.n.Load() != 0 {
+	if b.in.n["a"].Load() != 0 {
 		t.Error("a notice was kept")
 	}
 }
@@ -166,6 +166,33 @@ func TestPullWhenFull(t *testing.T) {
 	}
 	_, err := fetch(t, b, "b1", "a1", ids(x[16:19]), 0)
 	wantKind(t, err, "unavailable") // two more than there is room for
+}
+
+// A peer whose keys nobody fetches takes no room from another one.
+func TestPeersDoNotFillEachOthersRoom(t *testing.T) {
+	_, other := twoSites(t, 0, nil)
+	b := newSite(t, "b", other, []SAE{
+		{ID: "b1", Node: "b", Peers: []string{"a1", "c1"}}, {ID: "a1", Node: "a"}, {ID: "c1", Node: "c"},
+	}, func(o *Options) { o.MaxNotices = 4 })
+	send := func(peer, master string, first, count int) error {
+		var ns []Notice
+		for i := range count {
+			ns = append(ns, Notice{
+				Pool: other.keys.pool, Position: key.At(1, uint32(i)), KeyID: key.ID{byte(first + i), 15: byte(i)}, MasterSAE: master, SlaveSAEs: []string{"b1"},
+				SizeBits: 256, TTL: time.Minute,
+			})
+		}
+		return b.Receive(t.Context(), peer, ns)
+	}
+	if err := send("a", "a1", 1, 5); !errors.Is(err, errFull) {
+		t.Errorf("five where there is room for four: %v", err)
+	}
+	if err := send("c", "c1", 100, 4); err != nil {
+		t.Errorf("the other peer's: %v", err)
+	}
+	if a, c := b.in.n["a"].Load(), b.in.n["c"].Load(); a != 4 || c != 4 {
+		t.Errorf("%d and %d notices", a, c)
+	}
 }
 
 func TestReceiveRefusesWhatIsNotThePeers(t *testing.T) {
@@ -195,17 +222,17 @@ func TestReceiveRefusesWhatIsNotThePeers(t *testing.T) {
 		if err := b.Receive(t.Context(), "a", []Notice{n}); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
-		if b.count(Refused) != before+1 || b.in.n.Load() != 0 {
+		if b.count(Refused) != before+1 || b.in.n["a"].Load() != 0 {
 			t.Errorf("%s: not refused", name)
 		}
 	}
-	if err := b.Receive(t.Context(), "c", []Notice{good}); err != nil || b.in.n.Load() != 0 {
+	if err := b.Receive(t.Context(), "c", []Notice{good}); err != nil || b.in.n["a"].Load() != 0 {
 		t.Error("a notice of node a's SAE was taken from node c")
 	}
 	bad := good
 	bad.MasterSAE = "zz"
-	if err := b.Receive(t.Context(), "a", []Notice{bad, good, good}); err != nil || b.in.n.Load() != 1 {
-		t.Errorf("good ones beside a bad one: %d, %v", b.in.n.Load(), err)
+	if err := b.Receive(t.Context(), "a", []Notice{bad, good, good}); err != nil || b.in.n["a"].Load() != 1 {
+		t.Errorf("good ones beside a bad one: %d, %v", b.in.n["a"].Load(), err)
 	}
 	before := b.count(Refused)
 	changed := good
@@ -255,7 +282,7 @@ func TestExpiry(t *testing.T) {
 	// Claimed by a batch that is refused, so the key is in the arrival.
 	b.in.get(x[2].ID).master, _, _ = b.keys.Claim("a", b.keys.pool, b.in.get(x[2].ID).Position, x[2].ID)
 	b.sweep(b.clock())
-	if b.in.n.Load() != 3 || b.count(Stranded) != 0 {
+	if b.in.n["a"].Load() != 3 || b.count(Stranded) != 0 {
 		t.Fatal("expired too early")
 	}
 	a.advance(time.Minute)
@@ -266,8 +293,8 @@ func TestExpiry(t *testing.T) {
 	wantKind(t, err, "not found")
 	a.sweep(a.clock())
 	b.sweep(b.clock())
-	if _, remote := b.keys.left(); remote != 3 || b.keys.unwiped() != 0 || b.in.n.Load() != 0 || b.count(Stranded) != 3 {
-		t.Errorf("%d keys left, %d unwiped, %d notices, %d stranded", remote, b.keys.unwiped(), b.in.n.Load(), b.count(Stranded))
+	if _, remote := b.keys.left(); remote != 3 || b.keys.unwiped() != 0 || b.in.n["a"].Load() != 0 || b.count(Stranded) != 3 {
+		t.Errorf("%d keys left, %d unwiped, %d notices, %d stranded", remote, b.keys.unwiped(), b.in.n["a"].Load(), b.count(Stranded))
 	}
 	if a.count(Stranded) != 4 { // none was acknowledged
 		t.Errorf("%d stranded at the owner", a.count(Stranded))
@@ -309,7 +336,7 @@ func TestNoticesGather(t *testing.T) {
 		}
 		key.WipeAll(got)
 	}
-	eventually(t, "all notices are there", func() bool { return b.in.n.Load() == keys })
+	eventually(t, "all notices are there", func() bool { return b.in.n["a"].Load() == keys })
 	stop()
 	if most := int(time.Since(begin)/gatherTime) + 2; calls > most {
 		t.Errorf("%d calls for %d notices; %d at most fit into the time", calls, keys, most)

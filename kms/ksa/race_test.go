@@ -224,8 +224,8 @@ func TestBurnRaces(t *testing.T) {
 	b.advance(2 * time.Minute)
 	b.sweep(b.clock())
 	b.keys.burn(key.At(1, 2*n), b.KeepOnBurn)
-	if _, remote := b.keys.left(); remote != 0 || b.keys.unwiped() != 0 || b.in.n.Load() != 0 {
-		t.Errorf("%d keys left, %d unwiped, %d notices", remote, b.keys.unwiped(), b.in.n.Load())
+	if _, remote := b.keys.left(); remote != 0 || b.keys.unwiped() != 0 || b.in.n["a"].Load() != 0 {
+		t.Errorf("%d keys left, %d unwiped, %d notices", remote, b.keys.unwiped(), b.in.n["a"].Load())
 	}
 	if fetched.Load() == 0 || gone.Load() == 0 {
 		t.Errorf("%d fetched, %d gone: the race did not happen", fetched.Load(), gone.Load())
