@@ -127,12 +127,15 @@ func (s source) Event(code, severity, text string, attrs ...slog.Attr) {
 	s.r.add(e)
 }
 
+// ikeSource is the source of the events of package ike.
+const ikeSource = "ike"
+
 // ikeEvents takes the events of package ike, which logs them itself.
 type ikeEvents struct{ *recorder }
 
 // Event records.
 func (r ikeEvents) Event(e ike.Event) {
-	r.add(operator.Event{Severity: e.Severity.String(), Code: e.Code, Source: "ike", Connection: e.Connection, Text: e.Text})
+	r.add(operator.Event{Severity: e.Severity.String(), Code: e.Code, Source: ikeSource, Connection: e.Connection, Text: e.Text})
 }
 
 // supply takes the events of the KSA: rows of the usage history, and refusals.

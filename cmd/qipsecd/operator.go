@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/q-ipsec/q-ipsec/cmd/internal/version"
@@ -18,6 +19,7 @@ import (
 const (
 	statusAlarms  = 10
 	explainEvents = 10
+	eventPage     = 1000 // events read from the store at once
 	operatorGrace = 2 * time.Second
 )
 
@@ -70,9 +72,47 @@ func (o *operatorNode) Status(ctx context.Context) (operator.Status, error) {
 	return s, nil
 }
 
-// Events gives the latest events since the start.
-func (o *operatorNode) Events(_ context.Context, connection string, limit int) ([]operator.Event, error) {
-	return o.ring.Latest(limit, about(connection)), nil
+// Events gives the latest events; with [kms] those of earlier starts as well,
+// which the store keeps.
+func (o *operatorNode) Events(ctx context.Context, connection string, limit int) ([]operator.Event, error) {
+	out := o.ring.Latest(limit, about(connection))
+	if o.keys == nil || len(out) == limit {
+		return out, nil
+	}
+	before := o.started
+	if oldest := o.ring.Latest(ringSize, about("")); len(oldest) > 0 {
+		before = oldest[len(oldest)-1].Time
+	}
+	before = before.Truncate(time.Microsecond) // as the store keeps it
+	for q := (store.EventQuery{Limit: eventPage}); ; {
+		page, err := o.keys.store.Events(ctx, q)
+		if err != nil {
+			return nil, err
+		}
+		for _, v := range page {
+			e := fromStore(v)
+			if !v.Time.Before(before) || !about(connection)(e) {
+				continue
+			}
+			if out = append(out, e); len(out) == limit {
+				return out, nil
+			}
+		}
+		if len(page) < eventPage {
+			return out, nil
+		}
+		q.Before = page[len(page)-1].Serial
+	}
+}
+
+// fromStore undoes what recorder.add does to an event. Only ike's are of a
+// connection; whose name has no space.
+func fromStore(v store.LogEvent) operator.Event {
+	e := operator.Event{Time: v.Time, Severity: string(v.Severity), Code: v.Code, Source: v.Source, Text: v.Text}
+	if name, text, ok := strings.Cut(v.Text, ": "); ok && v.Source == ikeSource && !strings.Contains(name, " ") {
+		e.Connection, e.Text = name, text
+	}
+	return e
 }
 
 func about(connection string) func(operator.Event) bool {
