@@ -203,6 +203,13 @@ func (j *journal) compact(live records) error {
 	if j.lines <= 2*len(live)+compactAbove {
 		return nil
 	}
+	// Opened first: once the new file has the journal's name, nothing may keep it
+	// from being the one that is written to.
+	dir, err := os.Open(filepath.Dir(j.path))
+	if err != nil {
+		return fmt.Errorf("sad: compact journal: %w", err)
+	}
+	defer dir.Close()
 	tmp := j.path + ".new"
 	f, err := os.OpenFile(tmp, os.O_RDWR|os.O_CREATE|os.O_TRUNC|os.O_APPEND|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 	if err != nil {
@@ -216,6 +223,9 @@ func (j *journal) compact(live records) error {
 	}
 	_ = j.file.Close() // the old file has no name any more
 	*j = *n
+	if err := dir.Sync(); err != nil {
+		return fmt.Errorf("sad: sync the directory of journal %s: %w", j.path, err)
+	}
 	return nil
 }
 
@@ -238,14 +248,6 @@ func (j *journal) fill(live records, tmp string) error {
 		return fmt.Errorf("sad: compact journal: %w", err)
 	}
 	if err := os.Rename(tmp, j.path); err != nil {
-		return fmt.Errorf("sad: compact journal: %w", err)
-	}
-	dir, err := os.Open(filepath.Dir(j.path))
-	if err != nil {
-		return fmt.Errorf("sad: compact journal: %w", err)
-	}
-	defer dir.Close()
-	if err := dir.Sync(); err != nil {
 		return fmt.Errorf("sad: compact journal: %w", err)
 	}
 	return nil

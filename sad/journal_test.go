@@ -2,11 +2,14 @@ package sad
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func sampleJournal(t testing.TB) []byte {
@@ -146,6 +149,75 @@ func TestJournalCompacts(t *testing.T) {
 	defer j.close()
 	if len(live) != 1 || live[keep.ID.Key()] == nil || !live[keep.ID.Key()].committed || live[keep.ID.Key()].Owner != testOwner {
 		t.Errorf("after compaction: %+v", live)
+	}
+}
+
+// TestJournalAfterFailedCompaction: with one file descriptor left the file cannot
+// be replaced; what is written afterwards is in the file of the journal's name.
+func TestJournalAfterFailedCompaction(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "journal")
+	j, live, err := openJournal(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range compactAbove {
+		for _, op := range []string{opIntend, opGone} {
+			if err := j.append(entry{op, &record{ID: testSA(0x2000 + uint32(i)).ID}}, false); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	release := useUpFiles(t, 1)
+	err = j.compact(live)
+	release()
+	if err == nil {
+		t.Error("compacted with one file descriptor: the case is not tested")
+	}
+	late := &record{ID: testSA(0x1000).ID, Owner: testOwner}
+	if err := errors.Join(j.append(entry{opIntend, late}, true), j.close()); err != nil {
+		t.Fatal(err)
+	}
+	j, live, err = openJournal(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.close()
+	if live[late.ID.Key()] == nil {
+		t.Error("the intent is not in the journal")
+	}
+}
+
+// useUpFiles leaves the process with only left file descriptors until release.
+func useUpFiles(t *testing.T, left int) (release func()) {
+	t.Helper()
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	null, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	taken := []int{null}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(null) + 16, Max: old.Max}); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		fd, err := unix.FcntlInt(uintptr(null), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			break
+		}
+		taken = append(taken, fd)
+	}
+	for range left {
+		_ = unix.Close(taken[len(taken)-1])
+		taken = taken[:len(taken)-1]
+	}
+	return func() {
+		_ = unix.Setrlimit(unix.RLIMIT_NOFILE, &old)
+		for _, fd := range taken {
+			_ = unix.Close(fd)
+		}
 	}
 }
 
