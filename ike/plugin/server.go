@@ -97,6 +97,9 @@ func clearWay(path string) error {
 	if err == nil {
 		return errors.Join(errors.New("another process serves it: stop that one first"), c.Close())
 	}
+	if !errors.Is(err, syscall.ECONNREFUSED) { // its owner lives, if only to let the queue run full
+		return fmt.Errorf("cannot tell whether another process serves it: %w", err)
+	}
 	return os.Remove(path)
 }
 

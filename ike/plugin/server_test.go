@@ -546,6 +546,33 @@ func TestListen(t *testing.T) {
 			t.Errorf("the file is %q, %v", b, err)
 		}
 	})
+	t.Run("served by one that hangs", func(t *testing.T) {
+		path := socket(t)
+		if err := os.Mkdir(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		open := func() int {
+			fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = unix.Close(fd) })
+			return fd
+		}
+		at := &unix.SockaddrUnix{Name: path}
+		l := open()
+		if err := errors.Join(unix.Bind(l, at), unix.Listen(l, 0)); err != nil {
+			t.Fatal(err)
+		}
+		for unix.Connect(open(), at) == nil {
+		}
+		if _, err := plugin.Listen(path, plugin.Options{}); err == nil {
+			t.Error("the socket of a living server was replaced")
+		}
+		if _, err := os.Lstat(path); err != nil {
+			t.Error(err)
+		}
+	})
 	t.Run("stale socket", func(t *testing.T) {
 		path := socket(t)
 		if err := os.Mkdir(filepath.Dir(path), 0o700); err != nil {
