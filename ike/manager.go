@@ -211,6 +211,7 @@ func (m *Manager) serve(ctx context.Context, l *link) error {
 	defer tick.Stop()
 	look := time.NewTimer(m.t.debounce)
 	defer look.Stop()
+	soon := true // look will fire: later events must not put it off
 	for {
 		var err error
 		select {
@@ -221,7 +222,10 @@ func (m *Manager) serve(ctx context.Context, l *link) error {
 				return errors.New("charon went away")
 			}
 			m.heard(e)
-			look.Reset(m.t.debounce)
+			if !soon {
+				look.Reset(m.t.debounce)
+				soon = true
+			}
 		case <-m.o.Broker.changed:
 			m.mu.Lock()
 			l.grace = time.Now().Add(m.t.helloGrace)
@@ -232,7 +236,9 @@ func (m *Manager) serve(ctx context.Context, l *link) error {
 			err = m.rekeyMoved(ctx, l, id)
 		case <-m.kick:
 			look.Reset(0)
+			soon = true
 		case <-look.C:
+			soon = false
 			err = m.look(ctx, l)
 		case <-tick.C:
 			if err = m.settle(ctx, l); err == nil && len(m.due(l, time.Now())) > 0 {

@@ -386,6 +386,25 @@ func TestManagerForeign(t *testing.T) {
 	}
 }
 
+// Events without a pause must not keep the Manager from looking.
+func TestManagerLooksAmongEvents(t *testing.T) {
+	s := newSite(t, func(_ *site, c []Connection) []Connection {
+		c[0].Children = []Child{{Name: "net"}}
+		return c
+	})
+	s.Manager.o.Reconcile = time.Hour
+	s.Manager.t.debounce = 200 * time.Millisecond
+	s.hello("5.9.8")
+	s.run()
+	eventually(t, "loaded", func() bool { return s.loaded("link") })
+	other := ikeOf("theirs", "net", 5)
+	s.charon.SetIKEs(ikeOf("link", "net", 1), other)
+	eventually(t, "closed", func() bool {
+		s.charon.Emit("child-updown", other.Up())
+		return s.events.count(EventForeignSA) > 0
+	})
+}
+
 // charon has a CHILD_SA whose SA the kernel lost.
 func TestManagerMissing(t *testing.T) {
 	s := newSite(t, func(_ *site, c []Connection) []Connection {
