@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -206,6 +207,31 @@ remote_ts = ["10.9.0.0/24"]
 	peer := netip.MustParsePrefix("192.0.2.2/32")
 	if want := []Channel{{peer, 6, 0, 8441}, {peer, 6, 8441, 0}}; !reflect.DeepEqual(allow, want) {
 		t.Errorf("allowed: %v, want %v", allow, want)
+	}
+}
+
+// With a tunnel for everything, what brings the keys must pass all the same.
+func TestGuardLetsKeysCome(t *testing.T) {
+	text := strings.Replace(sample(t), `["10.2.0.0/24"]`, `["0.0.0.0/0"]`, 1)
+	text = strings.Replace(text, `# control = ""`, `control = "https://192.0.2.3:8443"`, 1)
+	n, err := ParseNode("f", "/", []byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.IPsec.KMEs = []KME{{URL: "https://192.0.2.9/api"}, {URL: "https://kme.example:8443"}, {URL: "https://[2001:db8::9]:8443"}}
+	_, allow := n.Guarded()
+	for _, c := range []Channel{
+		{netip.MustParsePrefix("192.0.2.9/32"), 6, 0, 443},
+		{netip.MustParsePrefix("192.0.2.3/32"), 6, 0, 8443},
+		{netip.MustParsePrefix("192.0.2.2/32"), 6, 0, 8441},
+		{netip.MustParsePrefix("192.0.2.2/32"), 6, 8441, 0},
+	} {
+		if !slices.Contains(allow, c) {
+			t.Errorf("%v is not among %v", c, allow)
+		}
+	}
+	if len(allow) != 4 {
+		t.Errorf("allowed: %v", allow)
 	}
 }
 

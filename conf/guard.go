@@ -2,7 +2,9 @@ package conf
 
 import (
 	"net/netip"
+	"net/url"
 	"slices"
+	"strconv"
 )
 
 const protoTCP = 6
@@ -16,8 +18,10 @@ type Channel struct {
 }
 
 // Guarded says what the guard protects: every remote_ts of a connection with
-// policy required, and of the KM channel what falls inside. IKE needs no rule:
-// charon's sockets carry a bypass policy of their own.
+// policy required; and of our own channels to KMAs, KMEs and QKDEs those that lie
+// inside, without which no key would come and so no tunnel (those named by
+// address: of host names the guard knows nothing). IKE needs no rule: charon's
+// sockets carry a bypass policy of their own.
 func (n *Node) Guarded() (remotes []netip.Prefix, allow []Channel) {
 	if n.IPsec == nil {
 		return nil, nil
@@ -34,18 +38,48 @@ func (n *Node) Guarded() (remotes []netip.Prefix, allow []Channel) {
 			}
 		}
 	}
+	tcp := func(to netip.AddrPort, localPort uint16) {
+		a := to.Addr().Unmap()
+		c := Channel{Remote: netip.PrefixFrom(a, a.BitLen()), Protocol: protoTCP, LocalPort: localPort, RemotePort: to.Port()}
+		if slices.ContainsFunc(remotes, func(r netip.Prefix) bool { return r.Contains(a) }) && !slices.Contains(allow, c) {
+			allow = append(allow, c)
+		}
+	}
+	for _, k := range n.IPsec.KMEs {
+		if to, ok := addressOf(k.URL); ok {
+			tcp(to, 0)
+		}
+	}
 	if n.KMS == nil {
-		return remotes, nil
+		return remotes, allow
 	}
 	for _, p := range n.KMS.Peers {
-		a := p.Address.Addr().Unmap()
-		if !slices.ContainsFunc(remotes, func(r netip.Prefix) bool { return r.Contains(a) }) {
-			continue
+		tcp(p.Address, 0)
+		tcp(netip.AddrPortFrom(p.Address.Addr(), 0), n.KMS.Type1Listen.Port())
+	}
+	for _, p := range n.KMS.Pairs {
+		if to, ok := addressOf(p.Control); ok {
+			tcp(to, 0)
 		}
-		host := netip.PrefixFrom(a, a.BitLen())
-		allow = append(allow,
-			Channel{Remote: host, Protocol: protoTCP, RemotePort: p.Address.Port()},
-			Channel{Remote: host, Protocol: protoTCP, LocalPort: n.KMS.Type1Listen.Port()})
 	}
 	return remotes, allow
+}
+
+// addressOf gives the end of an https URL; ok is false if it names no address.
+func addressOf(text string) (to netip.AddrPort, ok bool) {
+	u, err := url.Parse(text)
+	if err != nil {
+		return to, false
+	}
+	a, err := netip.ParseAddr(u.Hostname())
+	if err != nil {
+		return to, false
+	}
+	port := uint64(443)
+	if u.Port() != "" {
+		if port, err = strconv.ParseUint(u.Port(), 10, 16); err != nil {
+			return to, false
+		}
+	}
+	return netip.AddrPortFrom(a, uint16(port)), true
 }
