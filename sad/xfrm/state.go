@@ -18,8 +18,12 @@ import (
 )
 
 // advance is added to the outbound sequence number of an SA that is moved: the
-// packets sent between reading it and deleting the old entry are surely fewer,
-// so no sequence number, hence no AES-GCM IV, is used twice.
+// packets sent between reading it and deleting the old entry are surely fewer, so
+// no sequence number is used twice and the peer's replay window lets the next
+// packet in. The IV of an AEAD is, in Linux, the sequence number XOR a random
+// 64-bit number of each entry of the SAD (crypto/seqiv.c): two entries with one
+// key share an IV with a chance of at most 2^-32 while both counted below 2^32,
+// which is why a moved SA is rekeyed at once.
 const advance = 1 << 20
 
 // maxDumps is how often a dump that the kernel calls inconsistent is repeated.
