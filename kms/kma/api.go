@@ -73,7 +73,7 @@ type Options struct {
 	IntakeInterval  time.Duration // between looks into the intake directory; default 1 s
 	MaxFileSize     int           // of a QKD-Key file, in bytes; default keyfile.DefaultMaxSize
 	MaxRefused      int           // records of refused files kept per pool; default 1000
-	LeaseSize       int           // keys of a lease; grows up to 8 times under load; default 1024
+	LeaseSize       int           // keys of a lease; grows up to 8 times under load, not above MaxHeld; default 1024
 	TakeWait        time.Duration // how long Take waits for a lease that is due; default 300 ms; negative: not at all
 	RetryMin        time.Duration // first pause after a failed call; default 100 ms
 	RetryMax        time.Duration // longest pause; default 5 s
@@ -82,7 +82,7 @@ type Options struct {
 	NoticeLife      time.Duration // longer than any supply notice lives; default 2 h
 	RatchetInterval time.Duration // default 10 min
 	RatchetKeys     int           // ratchet after that many leased keys, too; default 100,000
-	MaxHeld         int           // keys of one peer's leases in memory; default 100,000
+	MaxHeld         int           // keys of one peer's leases in memory: no lease beyond it, no larger one; the same at both ends; default 100,000
 }
 
 // Events is how the agent reports what an operator should know.

@@ -159,7 +159,7 @@ func (p *pool) publish(l *lease, keys []LeasedKey) bool {
 	}
 	p.own = append(p.own, keys...)
 	if p.starved {
-		p.size = min(2*p.size, maxGrowth*p.a.o.LeaseSize)
+		p.size = min(2*p.size, maxGrowth*p.a.o.LeaseSize, max(p.a.o.LeaseSize, p.a.o.MaxHeld))
 		p.starved = false
 	} else {
 		p.size = max(p.size-p.size/8, p.a.o.LeaseSize)
@@ -208,7 +208,7 @@ func (p *pool) onLease(ctx context.Context, r type1.LeaseRequest) (type1.LeaseRe
 	if after < info.PeerMark {
 		return none, &type1.Problem{Code: type1.Conflict, Detail: "a lease up to " + info.PeerMark.String() + " was taken before"}
 	}
-	if err := p.checkBlocks(ctx, r.Seqs); err != nil {
+	if err := p.checkBlocks(ctx, r.Seqs, after, mark); err != nil {
 		return none, err
 	}
 	defer p.refresh(ctx)
@@ -237,15 +237,22 @@ func (p *pool) onLease(ctx context.Context, r type1.LeaseRequest) (type1.LeaseRe
 
 // checkBlocks makes sure, before anything changes, that no block of a lease is
 // still to be validated and that there is room for its keys.
-func (p *pool) checkBlocks(ctx context.Context, seqs []uint64) error {
+func (p *pool) checkBlocks(ctx context.Context, seqs []uint64, after, mark key.Position) error {
 	blocks, err := p.a.o.Store.Blocks(ctx, p.ID)
 	if err != nil {
 		return err
 	}
+	keys := 0
 	for _, b := range blocks {
+		if b.State == key.Active {
+			keys += ownedIn(p.Role.Other(), &b, after, mark)
+		}
 		if _, ok := slices.BinarySearch(seqs, b.Seq); ok && b.State == key.Received {
 			return &type1.Problem{Code: type1.NotValidated, Detail: fmt.Sprintf("seq %d is not validated here yet", b.Seq)}
 		}
+	}
+	if keys > p.a.o.MaxHeld {
+		return &type1.Problem{Code: type1.Conflict, Detail: fmt.Sprintf("a lease of %d keys is more than this node holds, %d", keys, p.a.o.MaxHeld)}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -253,6 +260,24 @@ func (p *pool) checkBlocks(ctx context.Context, seqs []uint64) error {
 		return &type1.Problem{Code: type1.Overloaded, Detail: "too many leased keys were not fetched yet"}
 	}
 	return nil
+}
+
+// ownedIn counts the keys of b in (after, mark] that role owns.
+func ownedIn(role key.Role, b *BlockInfo, after, mark key.Position) int {
+	below := func(p key.Position) int { // indices up to p
+		switch {
+		case p.Seq() < b.Seq:
+			return 0
+		case p.Seq() > b.Seq:
+			return b.Count
+		}
+		return min(int(p.Index())+1, b.Count)
+	}
+	lo, hi := below(after), below(mark)
+	if role == key.Master {
+		lo, hi = lo+1, hi+1
+	}
+	return max(0, hi/2-lo/2)
 }
 
 // hold keeps the keys of a peer's lease for Claim and says which of its blocks

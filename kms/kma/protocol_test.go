@@ -278,6 +278,42 @@ func TestLeaseRules(t *testing.T) {
 	}
 }
 
+// TestLeaseOfTooManyKeys: what one message moves to memory is bounded, and a
+// refused lease changes nothing.
+func TestLeaseOfTooManyKeys(t *testing.T) {
+	s := newSlaveWith(t, nil, func(o *Options) { o.MaxHeld = 8 })
+	one := s.file(t, 1, 40)
+	s.verdicts(t, one)
+	if _, err := s.lease(t, 0, key.At(1, 39), 1); code(err) != type1.Conflict {
+		t.Errorf("20 keys where 8 are held: %v", err)
+	}
+	if i := s.info(s.b); i.PeerMark != 0 {
+		t.Errorf("the refused lease has moved the mark to %s", i.PeerMark)
+	}
+	if _, err := s.lease(t, key.At(1, 3), key.At(1, 19), 1); err != nil {
+		t.Errorf("8 keys: %v", err)
+	}
+}
+
+func TestOwnedIn(t *testing.T) {
+	b := &BlockInfo{Seq: 5, Count: 7}
+	for _, after := range []key.Position{0, key.At(4, 9), key.At(5, 0), key.At(5, 1), key.At(5, 6), key.At(5, 99), key.At(6, 0)} {
+		for _, mark := range []key.Position{key.At(4, 1), key.At(5, 0), key.At(5, 3), key.At(5, 6), key.At(5, 50), key.At(9, 0)} {
+			for _, role := range []key.Role{key.Master, key.Slave} {
+				want := 0
+				for i := range uint32(b.Count) {
+					if p := key.At(b.Seq, i); p > after && p <= mark && role.Owns(p) {
+						want++
+					}
+				}
+				if got := ownedIn(role, b, after, mark); got != want {
+					t.Errorf("%s in (%s, %s]: %d, want %d", role, after, mark, got, want)
+				}
+			}
+		}
+	}
+}
+
 // hangUp is a store whose caller hangs up in the middle of a lease.
 type hangUp struct {
 	Store
