@@ -365,14 +365,15 @@ func TestLoadChecksFiles(t *testing.T) {
 		mend  func() error
 		field string
 	}{
-		"key for all":      {func() error { return os.Chmod(dir+"/pki/km.key", 0o644) }, func() error { return os.Chmod(dir+"/pki/km.key", 0o600) }, "tls.km.key"},
-		"state for all":    {func() error { return os.Chmod(dir+"/state", 0o755) }, func() error { return os.Chmod(dir+"/state", 0o700) }, "node.state_dir"},
-		"intake for all":   {func() error { return os.Chmod(dir+"/intake", 0o702) }, func() error { return os.Chmod(dir+"/intake", 0o700) }, "kms.pair[0].intake"},
-		"intake missing":   {func() error { return os.Remove(dir + "/intake") }, func() error { return os.Mkdir(dir+"/intake", 0o700) }, "kms.pair[0].intake"},
-		"CA missing":       {func() error { return os.Rename(dir+"/pki/ike-ca.crt", dir+"/x") }, func() error { return os.Rename(dir+"/x", dir+"/pki/ike-ca.crt") }, "ipsec.ca"},
-		"other's key":      {swap(dir+"/pki/kme.key", dir+"/pki/ike.key"), swap(dir+"/pki/kme.key", dir+"/pki/ike.key"), "tls.sae.cert ipsec.cert"},
-		"state is no dir":  {func() error { return errors.Join(os.Remove(dir+"/state"), os.WriteFile(dir+"/state", nil, 0o600)) }, func() error { return errors.Join(os.Remove(dir+"/state"), os.Mkdir(dir+"/state", 0o700)) }, "node.state_dir"},
-		"state is not yet": {func() error { return os.Remove(dir + "/state") }, func() error { return os.Mkdir(dir+"/state", 0o700) }, ""},
+		"key for all":        {func() error { return os.Chmod(dir+"/pki/km.key", 0o644) }, func() error { return os.Chmod(dir+"/pki/km.key", 0o600) }, "tls.km.key"},
+		"state for all":      {func() error { return os.Chmod(dir+"/state", 0o755) }, func() error { return os.Chmod(dir+"/state", 0o700) }, "node.state_dir"},
+		"intake for all":     {func() error { return os.Chmod(dir+"/intake", 0o702) }, func() error { return os.Chmod(dir+"/intake", 0o700) }, "kms.pair[0].intake"},
+		"intake for a group": {func() error { return os.Chmod(dir+"/intake", 0o770) }, func() error { return os.Chmod(dir+"/intake", 0o700) }, "kms.pair[0].intake"},
+		"intake missing":     {func() error { return os.Remove(dir + "/intake") }, func() error { return os.Mkdir(dir+"/intake", 0o700) }, "kms.pair[0].intake"},
+		"CA missing":         {func() error { return os.Rename(dir+"/pki/ike-ca.crt", dir+"/x") }, func() error { return os.Rename(dir+"/x", dir+"/pki/ike-ca.crt") }, "ipsec.ca"},
+		"other's key":        {swap(dir+"/pki/kme.key", dir+"/pki/ike.key"), swap(dir+"/pki/kme.key", dir+"/pki/ike.key"), "tls.sae.cert ipsec.cert"},
+		"state is no dir":    {func() error { return errors.Join(os.Remove(dir+"/state"), os.WriteFile(dir+"/state", nil, 0o600)) }, func() error { return errors.Join(os.Remove(dir+"/state"), os.Mkdir(dir+"/state", 0o700)) }, "node.state_dir"},
+		"state is not yet":   {func() error { return os.Remove(dir + "/state") }, func() error { return os.Mkdir(dir+"/state", 0o700) }, ""},
 	} {
 		t.Run(what, func(t *testing.T) {
 			if err := c.spoil(); err != nil {

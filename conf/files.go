@@ -70,6 +70,8 @@ func (r *reader) intake(at string, p Pair) {
 		r.fault(at+"intake", "%s is not a directory", p.Intake)
 	case fi.Mode().Perm()&0o007 != 0:
 		r.fault(at+"intake", "%s has mode %#o: everybody can reach it; chmod o= it", p.Intake, fi.Mode().Perm())
+	case fi.Mode().Perm()&0o020 != 0: // intake would refuse it, for ever
+		r.fault(at+"intake", "%s has mode %#o: a group can write there; chmod g-w it and make the feeder its owner", p.Intake, fi.Mode().Perm())
 	default:
 		if st, ok := fi.Sys().(*syscall.Stat_t); ok && st.Uid != 0 && int(st.Uid) != os.Geteuid() && int(st.Uid) != uid {
 			r.fault(at+"intake", "%s belongs to uid %d, who is neither root nor us nor the feeder", p.Intake, st.Uid)
