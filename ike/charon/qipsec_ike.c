@@ -598,6 +598,9 @@ static void init_in(ike_sa_t *ike_sa, state_t *state, message_t *message)
 			 "the peer does not speak Q-IPsec (or the answer is forged)",
 			 ike_sa->get_name(ike_sa), message->get_source(message));
 		message->set_exchange_type(message, EXCHANGE_TYPE_UNDEFINED);
+		/* charon took the answer's SPI before it asked us, and would not find
+		 * this IKE_SA again for another answer, the real peer's */
+		ike_sa->get_id(ike_sa)->set_responder_spi(ike_sa->get_id(ike_sa), 0);
 	}
 }
 
