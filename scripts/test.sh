@@ -13,4 +13,5 @@ exec bin/testrun -out out/test \
     "scripts/testbed-test.sh" \
     "testenv/run testenv/faults.sh" \
     "testenv/run testenv/rekeys.sh" \
+    "testenv/run testenv/lifetimes.sh" \
     "testenv/run testenv/secrets.sh"
