@@ -24,8 +24,9 @@ const (
 	exitUsage  = 2
 )
 
-// stageGrace is how long one stage of an orderly stop may take. The whole stays
-// below the unit's TimeoutStopSec.
+// stageGrace is how long one stage of an orderly stop may take. Two that hang
+// still end within the unit's TimeoutStopSec; with more of them systemd kills
+// the process, which costs what a crash does.
 const stageGrace = 12 * time.Second
 
 func main() {
