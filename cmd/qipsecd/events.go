@@ -163,6 +163,17 @@ func (r *recorder) supply(e ksa.Event) {
 	}
 }
 
+// reports takes what an SAE says of its keys (the paper's F205), as events: it
+// is the SAE's word, not the inventory's, and no row of the usage history.
+func (r *recorder) reports(_ context.Context, sae, peer string, reports []key.UsageReport) error {
+	s := r.source("sae")
+	for _, u := range reports {
+		s.Event("KEY_"+strings.ToUpper(string(u.Usage)), string(store.SeverityRun), "an SAE reports on a key it was supplied",
+			slog.String("sae", sae), slog.String("with", peer), slog.String("key", u.ID.String()), slog.Uint64("bytes", u.Bytes))
+	}
+	return nil
+}
+
 // run writes to the store until ctx ends, then what is left.
 func (r *recorder) run(ctx context.Context) error {
 	if r.store == nil {

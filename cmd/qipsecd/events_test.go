@@ -160,3 +160,15 @@ func TestRecorderLogsWithinBounds(t *testing.T) {
 		t.Errorf("%d events stored", len(f.events))
 	}
 }
+
+func TestUsageReportsAreEvents(t *testing.T) {
+	r := newRecorder(slog.New(slog.DiscardHandler))
+	id := key.ID{1}
+	if err := r.reports(t.Context(), "a-te", "b-te", []key.UsageReport{{ID: id, Usage: key.Retired, Bytes: 12345}}); err != nil {
+		t.Fatal(err)
+	}
+	got := r.ring.Latest(10, func(operator.Event) bool { return true })
+	if len(got) != 1 || got[0].Code != "KEY_RETIRED" || !strings.Contains(got[0].Text, id.String()) || !strings.Contains(got[0].Text, "12345") {
+		t.Errorf("events %+v", got)
+	}
+}

@@ -116,7 +116,7 @@ func newKMA(ctx context.Context, c *conf.KMS, st *store.Store, clients map[strin
 func newKSA(n *conf.Node, k *kms, clients map[string]*type1.Client, r *recorder, log *slog.Logger) (*ksa.Agent, error) {
 	o := ksa.Options{
 		Node: n.Name, Keys: keysForKSA{k.kma}, Peers: peersForKSA(clients), Log: log.With("part", "ksa"),
-		Reserve: n.KMS.Reserve, TTL: n.KMS.NoticeTTL, Events: r.supply,
+		Reserve: n.KMS.Reserve, TTL: n.KMS.NoticeTTL, Events: r.supply, Usage: r.reports,
 	}
 	for _, s := range n.KMS.SAEs {
 		// What an SAE may take is its own node's to say.
