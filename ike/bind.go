@@ -229,6 +229,9 @@ func (b *Broker) markUsed(id key.ID) error {
 	if _, ok := b.used[id]; ok || b.pending[id] != nil {
 		return fmt.Errorf("Key-ID %s was used before (a replay or a reflection)", id)
 	}
+	if len(b.used) >= maxUsed {
+		return fmt.Errorf("%d Key-IDs were used within %v: no more are taken for now", len(b.used), usedTTL)
+	}
 	b.used[id] = b.now().Add(usedTTL)
 	return nil
 }

@@ -21,6 +21,7 @@ const (
 	spentTTL     = 3 * time.Minute  // a sent key whose exchange has no end; above charon's 165 s of retransmits
 	tokenTTL     = 3 * time.Second  // from BIND to both add_sa, which follow in the same thread
 	usedTTL      = 15 * time.Minute // for which a Key-ID is remembered as used
+	maxUsed      = 1 << 18          // Key-IDs so remembered: far more than rekeys ask for, so that a peer gone wild ends somewhere
 	maxReserved  = 16               // keys held for one connection
 	sweepEvery   = time.Second
 	backOffAfter = 2 // failed set-ups in a row that cost no wait (INVALID_KE is one)
