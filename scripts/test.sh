@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 exec bin/testrun -out out/test \
     "testenv/run testenv/stock.sh" \
-    "testenv/run testenv/sad.sh" \
+    "testenv/sad.sh" \
     "scripts/demo-stage1.sh" \
     "testenv/labtest.sh" \
     "testenv/run testenv/demo.sh" \

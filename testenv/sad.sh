@@ -31,7 +31,8 @@ for package in "${packages[@]}"; do
         echo "$package: no test ran, or one was skipped"
         good=0
     fi
-    grep -E '^ *--- ' "$log" | sed "s|^|$package: |" || true
+    # result lines for testrun; the log below shows more of a failure
+    sed -nE "s|^--- PASS: ([^ ]+).*|ok - $package: \1|p; s|^--- FAIL: ([^ ]+).*|not ok - $package: \1|p" "$log"
     if [ "$good" = 0 ]; then
         rc=1
         cat "$log"

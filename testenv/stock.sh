@@ -60,6 +60,8 @@ connection() {
 	END
 }
 
+ok() { printf 'ok - %s\n' "$*"; }
+
 # wire_has FILTER...: packets of the capture that match.
 wire_has() { tcpdump -n -r "$GW/wire/wire.pcap" "$@" 2>/dev/null | wc -l; }
 
@@ -78,10 +80,10 @@ tunnel() {
     local lost ping
     break_if esp b iptables -I INPUT -p esp -j DROP
     node a swanctl --initiate --child net --timeout 20 >"$GW/a/log/initiate.log" || fail "no tunnel"
-    note "CHILD_SA is up: $(sa_count a) states on a, $(sa_count b) on b"
+    ok "CHILD_SA is up: $(sa_count a) states on a, $(sa_count b) on b"
     node ha ping -q -c 10 -i 0.2 -W 2 10.2.0.2 >"$GW/a/log/ping.log" ||
         fail "ha does not reach hb: $(grep loss "$GW/a/log/ping.log")"
-    note "ping through the tunnel: $(grep loss "$GW/a/log/ping.log")"
+    ok "ping through the tunnel: $(grep loss "$GW/a/log/ping.log")"
 
     node ha ping -q -i 0.05 -c 200 -W 2 10.2.0.2 >"$GW/a/log/ping-rekey.log" &
     ping=$!
@@ -92,12 +94,12 @@ tunnel() {
     wait "$ping"
     lost=$(awk '/packets transmitted/ { print $1 - $4 }' "$GW/a/log/ping-rekey.log")
     [ "$lost" = 0 ] || fail "packets lost in the rekey: '$lost'"
-    note "CHILD_SA rekey under ping: $(grep loss "$GW/a/log/ping-rekey.log")"
+    ok "CHILD_SA rekey under ping: $(grep loss "$GW/a/log/ping-rekey.log")"
 
     break_if stale a ip xfrm state add src 192.0.2.7 dst 192.0.2.8 proto esp spi 0x1000 mode tunnel enc cipher_null ''
     node a swanctl --terminate --ike link --timeout 20 >"$GW/a/log/terminate.log" || fail "swanctl --terminate"
     await 10 no_sa || fail "states left: $(sa_count a) on a, $(sa_count b) on b"
-    note "terminated: no state left"
+    ok "terminated: no state left"
 }
 
 main() {
@@ -127,7 +129,7 @@ main() {
     note "on the wire: $ike IKE, $esp ESP, $other other"
     [ "$ike" -gt 0 ] && [ "$esp" -ge 420 ] || fail "the wire shows less than was sent"
     [ "$other" = 0 ] || fail "the wire shows more than IKE and ESP"
-    note "PASS"
+    ok "nothing but IKE and ESP on the wire"
 }
 
 main

@@ -68,12 +68,16 @@ func run(n *conf.Node, level *slog.LevelVar, log *slog.Logger) (err error) {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	// From here on, so that no signal is lost once the node says that it serves.
+	usr1 := make(chan os.Signal, 1)
+	signal.Notify(usr1, syscall.SIGUSR1)
+	defer signal.Stop(usr1)
 	var s stages
 	defer func() { err = errors.Join(err, s.close()) }()
 	if err := build(ctx, n, &s, log); err != nil {
 		return err
 	}
-	s.add("log level", func(ctx context.Context) error { return toggleDebug(ctx, level, n.Log.Level, log) })
+	s.add("log level", func(ctx context.Context) error { return toggleDebug(ctx, usr1, level, n.Log.Level, log) })
 	return s.run(ctx, stageGrace, log, func() {
 		log.Info("qipsecd serves", "node", n.Name, "version", version.String(), "kms", n.KMS != nil, "ipsec", n.IPsec != nil)
 		if err := notify("READY=1"); err != nil {

@@ -7,8 +7,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"os/signal"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -47,11 +45,8 @@ func newLog(c conf.Log, level *slog.LevelVar) *slog.Logger {
 }
 
 // toggleDebug switches between the level of the config and debug at each
-// SIGUSR1, until ctx ends.
-func toggleDebug(ctx context.Context, level *slog.LevelVar, normal slog.Level, log *slog.Logger) error {
-	usr1 := make(chan os.Signal, 1)
-	signal.Notify(usr1, syscall.SIGUSR1)
-	defer signal.Stop(usr1)
+// signal of usr1, until ctx ends.
+func toggleDebug(ctx context.Context, usr1 <-chan os.Signal, level *slog.LevelVar, normal slog.Level, log *slog.Logger) error {
 	for {
 		select {
 		case <-ctx.Done():
