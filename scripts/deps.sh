@@ -57,7 +57,14 @@ group_packages() {
 		END
         fi
         ;;
-    *) die "unknown group '$1' (build, tunnel)" ;;
+    test)
+        cat <<-'END'
+		curl|runs the lines that the lab prints
+		procps|finds processes that a test left behind
+		python3|the second implementation behind the test vectors
+		END
+        ;;
+    *) die "unknown group '$1' (build, tunnel, test)" ;;
     esac
 }
 
@@ -117,7 +124,7 @@ ask() {
 }
 
 main() {
-    [ $# -gt 0 ] || die "usage: scripts/deps.sh build|tunnel ..."
+    [ $# -gt 0 ] || die "usage: scripts/deps.sh build|tunnel|test ..."
     local lines
     lines=$(missing_packages "$@")
     [ -n "$lines" ] || exit 0
