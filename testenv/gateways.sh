@@ -162,7 +162,8 @@ charon_start() {
         cp -- "$plugin" "$GW/$n/plugins/" || return
         name=${plugin##*/libstrongswan-}
         name=${name%.so}
-        printf 'charon {\n plugins {\n  %s {\n   load = yes\n  }\n }\n}\n' "$name" \
+        # patience: a user-mode-linux machine stands still for longer than a call may take
+        printf 'charon {\n plugins {\n  %s {\n   load = yes\n   patience = 5\n  }\n }\n}\n' "$name" \
             >"$GW/$n/run/strongswan.d/00-plugin.conf"
     fi
     cat >"$GW/$n/run/strongswan.conf" <<-END

@@ -54,8 +54,9 @@ typedef struct {
 } qi_call_t;
 
 /** Starts the plugin's standing connection, which tells qipsecd the setting
- *  `off` (or NULL). Both strings stay the caller's, off until qi_socket_stop(). */
-bool qi_socket_start(const char *socket, const char *off);
+ *  `off` (or NULL). Both strings stay the caller's, off until qi_socket_stop().
+ *  patience multiplies the limits of calls. */
+bool qi_socket_start(const char *socket, const char *off, u_int patience);
 
 /** Ends it and waits for its thread. */
 void qi_socket_stop(void);

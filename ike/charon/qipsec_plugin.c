@@ -47,6 +47,16 @@ bool qi_off(ike_sa_t *ike_sa)
 	return found;
 }
 
+/** 1 to 5: for machines so slow that the limits of calls would end good ones;
+ *  qipsecd bounds a call at 5 s in any case. */
+static u_int patience(void)
+{
+	int factor = lib->settings->get_int(lib->settings,
+									"%s.plugins.qipsec.patience", 1, lib->ns);
+
+	return max(1, min(factor, 5));
+}
+
 /** charon built with mediation has other structs: no hook may touch them. */
 static bool same_build(void)
 {
@@ -84,7 +94,7 @@ static bool hook(plugin_t *this, plugin_feature_t *feature, bool reg, void *data
 	}
 	/* whatever fails here, the plugin stays and refuses */
 	if (!qi_ike_start() || !qi_kernel_start() ||
-		!qi_socket_start(this_plugin.socket, this_plugin.off))
+		!qi_socket_start(this_plugin.socket, this_plugin.off, patience()))
 	{
 		this_plugin.unfit = "the plugin could not start";
 	}

@@ -18,7 +18,8 @@
 
 #include <threading/thread.h>
 
-/** How long each call may take in all, in ms. Times how often charon is slow. */
+/** How long each call may take in all, in ms, times the setting `patience`
+ *  (but HELLO, which no IKE_SA waits for). */
 static const struct {
 	uint8_t kind;
 	const char *name;
@@ -43,6 +44,8 @@ static struct {
 	uint8_t instance[16];
 	/** setting `off`, borrowed; NULL: none */
 	const char *off;
+	/** setting `patience` */
+	u_int patience;
 	/** written once to end the thread */
 	int stop;
 	thread_t *thread;
@@ -164,7 +167,7 @@ void qi_call_init(qi_call_t *call, uint8_t kind)
 	{
 		if (limits[i].kind == kind)
 		{
-			ms = limits[i].ms;
+			ms = limits[i].ms * (kind == QI_HELLO ? 1 : this_socket.patience);
 			call->name = limits[i].name;
 		}
 	}
@@ -397,7 +400,7 @@ static void *keep(void *unused)
 	return NULL;
 }
 
-bool qi_socket_start(const char *socket, const char *off)
+bool qi_socket_start(const char *socket, const char *off, u_int patience)
 {
 	this_socket.addr.sun_family = AF_UNIX;
 	if (strlen(socket) >= sizeof(this_socket.addr.sun_path))
@@ -407,6 +410,7 @@ bool qi_socket_start(const char *socket, const char *off)
 	}
 	strcpy(this_socket.addr.sun_path, socket);
 	this_socket.off = off;
+	this_socket.patience = patience;
 	if (getrandom(this_socket.instance, sizeof(this_socket.instance), 0) !=
 		sizeof(this_socket.instance))
 	{
