@@ -8,16 +8,16 @@
 #            and, where the running kernel has no ESP, user-mode-linux
 #
 # Installs missing packages only; when all are there it prints nothing and
-# changes nothing. Otherwise it lists what would be installed and why, and asks.
-# ASSUME_YES=1 or a CI environment (CI set) skips the question; without either
-# and without a terminal it refuses.
+# changes nothing. Otherwise it lists what it installs and why. On a terminal it
+# asks first, unless ASSUME_YES=1; where nobody could answer it goes on: whoever
+# calls a target that needs packages wants them.
 #
 # Nothing but packages is changed: no installed service is started (a
 # policy-rc.d denies it during this call only; the one that was there comes
 # back), services that this call brought in are not left enabled for the next
 # boot, and no file of /etc is edited. The output of apt goes to out/deps.log.
 #
-# environment: ASSUME_YES, CI, FORCE_UML (see testenv/README.md), DEPS_LOG
+# environment: ASSUME_YES, FORCE_UML (see testenv/README.md), DEPS_LOG
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -113,10 +113,8 @@ boot_units() {
         \( -path '*.wants/*' -o -path '*.requires/*' \) 2>/dev/null | sort
 }
 
-agreed() { [ "${ASSUME_YES:-}" = 1 ] || [ -n "${CI:-}" ]; }
-
 ask() {
-    agreed && return 0
+    [ "${ASSUME_YES:-}" != 1 ] && [ -t 0 ] || return 0
     local answer
     printf 'deps: %s [y/N] ' "$1" >&2
     read -r answer
@@ -133,9 +131,6 @@ main() {
     awk -F'|' '{ printf "  %-32s %s\n", $1, $2 }' <<<"$lines" >&2
     [ "$(id -u)" = 0 ] || die "installing needs root. Run as root:  scripts/deps.sh $*"
     command -v apt-get >/dev/null || die "this is no Debian system (no apt-get): install the equivalents by hand"
-
-    agreed || [ -t 0 ] ||
-        die "nobody to ask: stdin is not a terminal. Set ASSUME_YES=1 to agree, or install them yourself."
 
     mkdir -p "$(dirname "$log")"
     : >"$log"
