@@ -410,9 +410,9 @@ func (m *Manager) due(l *link, now time.Time) []childName {
 	return out
 }
 
-// has reports whether a child of that name is up.
+// has reports whether a child of that name carries traffic.
 func (v *connView) has(child string) bool {
-	return slices.ContainsFunc(v.children, func(c childView) bool { return c.Name == child && c.Up() })
+	return slices.ContainsFunc(v.children, func(c childView) bool { return c.Name == child && c.Carries() })
 }
 
 // connecting reports whether charon is setting the IKE_SA up.

@@ -386,6 +386,30 @@ func TestManagerForeign(t *testing.T) {
 	}
 }
 
+// The peer's rekeying made a successor here and gave it up: our CHILD_SA stays
+// REKEYED in charon, carries on, and needs no second one beside it.
+func TestManagerRekeyedCarries(t *testing.T) {
+	s := newSite(t, nil)
+	s.connects(sad.Owner{Connection: "link", Mix: sad.MixHybrid})
+	s.hello("5.9.8")
+	s.run()
+	eventually(t, "up", s.is("link", StateUp))
+	initiated := len(s.charon.Calls("initiate"))
+	s.charon.Lock()
+	s.charon.IKEs[0].Children[0].State = "REKEYED"
+	ike := s.charon.IKEs[0]
+	s.charon.Unlock()
+	s.charon.Emit("child-updown", ike.Up())
+	eventually(t, "seen as rekeyed", func() bool {
+		c := s.state("link").Children
+		return len(c) == 1 && c[0].State == "REKEYED"
+	})
+	time.Sleep(3 * s.Manager.t.tick)
+	if n := len(s.charon.Calls("initiate")); n != initiated || s.events.count(EventDown) != 0 || s.state("link").State != StateUp {
+		t.Errorf("%d more initiations, %d times down, %v", n-initiated, s.events.count(EventDown), s.state("link").State)
+	}
+}
+
 // Events without a pause must not keep the Manager from looking.
 func TestManagerLooksAmongEvents(t *testing.T) {
 	s := newSite(t, func(_ *site, c []Connection) []Connection {

@@ -176,7 +176,7 @@ func (m *Manager) update(ikes []vici.IKESA, states []sad.State, at time.Time) {
 		for _, ch := range ike.Children {
 			in, out := childIDs(ike, ch)
 			v.children = append(v.children, childView{ChildSA: ch, in: ours[keyOf(in)], out: ours[keyOf(out)]})
-			v.up = v.up || ch.Up()
+			v.up = v.up || ch.Carries()
 		}
 	}
 	m.mu.Lock()

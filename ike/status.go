@@ -288,7 +288,7 @@ func (m *Manager) Initiate(ctx context.Context, name string) error {
 	up := map[string]bool{}
 	for _, ike := range ikes {
 		for _, ch := range ike.Children {
-			up[ch.Name] = up[ch.Name] || ike.Conn == name && ch.Up()
+			up[ch.Name] = up[ch.Name] || ike.Conn == name && ch.Carries()
 		}
 	}
 	m.hold(name, false)

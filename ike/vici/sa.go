@@ -33,9 +33,15 @@ type ChildSA struct {
 	Installed         time.Duration // ago
 }
 
-// Up reports whether the CHILD_SA carries traffic: it is installed, or it is
+// Up reports whether the CHILD_SA has both its SAs: it is installed, or it is
 // being rekeyed and not yet replaced.
 func (c ChildSA) Up() bool { return c.State == "INSTALLED" || c.State == "REKEYING" }
+
+// Carries reports whether traffic goes through the CHILD_SA. Besides one that is
+// up that may be one whose rekeying the peer began: charon calls it REKEYED from
+// our answer until the peer's DELETE, and goes on using it when the peer deletes
+// the new one instead.
+func (c ChildSA) Carries() bool { return c.Up() || c.State == "REKEYED" }
 
 // Kind says what an Event reports.
 type Kind uint8
