@@ -27,6 +27,7 @@ const (
 	backOffAfter = 2 // failed set-ups in a row that cost no wait (INVALID_KE is one)
 	backOffBase  = 5 * time.Second
 	backOffMax   = time.Minute
+	ignoredQuiet = time.Minute // between two reports of ignored answers of one connection
 )
 
 // keySource supplies session keys: the KSA in the same process or an ETSI GS
@@ -135,8 +136,10 @@ type connState struct {
 	noKey    string // why the last GetKey gave none
 	cause    string // last refusal
 	causeAt  time.Time
+	next     string // the step that follows from cause, if it is a special one
 	fallback string // why the newest CHILD_SA has no quantum key; empty if it has
-	upAt     time.Time
+
+	quietUntil time.Time // no report of an ignored answer before
 }
 
 // NewBroker checks o and gives a Broker that serves once it is given to a
@@ -356,13 +359,19 @@ func (b *Broker) admit(sa plugin.SA, name string) (*connState, error) {
 	return cs, nil
 }
 
+// blame sets the cause that the status shows, with the step that follows from
+// it (empty: that of the connection's state); b.mu is held.
+func (b *Broker) blame(cs *connState, cause, next string) {
+	cs.cause, cs.causeAt, cs.next = cause, b.now(), next
+}
+
 // refusal is what a caller gets: one log line, the cause in the connection's
 // status, and an event. b.mu is not held.
 func (b *Broker) refusal(step, name string, cause error) error {
 	text := strings.ReplaceAll(cause.Error(), "\n", "; ") // REFUSE carries one line
 	b.mu.Lock()
 	if cs := b.conns[name]; cs != nil {
-		cs.cause, cs.causeAt = step+": "+text, b.now()
+		b.blame(cs, step+": "+text, "")
 	}
 	b.mu.Unlock()
 	err := fmt.Errorf("connection %q: %s refused: %s", name, step, text)

@@ -38,6 +38,7 @@ const (
 	EventMissingSA   = "ipsec-missing-sa"   // charon has an SA that the SAD has not
 	EventLoadFailed  = "ipsec-load-failed"  // connection could not be loaded
 	EventKeyUnusable = "ipsec-key-unusable" // a key was supplied that the policy does not allow
+	EventIgnored     = "ipsec-ignored"      // an IKE_SA_INIT answer without Q-IPsec was ignored
 )
 
 // Event is what happened, for alarms and the audit trail. Text names no secret.

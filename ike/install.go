@@ -222,7 +222,7 @@ func (b *Broker) Commit(ctx context.Context, id plugin.SAID) error {
 // complete notes a CHILD_SA with both SAs in the SAD; b.mu is held.
 func (b *Broker) complete(e *bound) {
 	cs := e.conn
-	cs.fallback, cs.upAt = e.fallback, b.now()
+	cs.fallback, cs.next = e.fallback, "" // what called for that step is over
 	if e.fallback == "" && !e.responder {
 		cs.failures, cs.notBefore = 0, time.Time{}
 	}

@@ -588,6 +588,17 @@ func TestExplain(t *testing.T) {
 	check("link", "nobody has started it")
 	s.broker.refusal("BIND", "link", sad.ErrConfirmWrong)
 	check("link", "key confirmation differs")
+	ignored := plugin.Ignored{SA: plugin.SA{Instance: s.broker.hello.Instance, UID: 1}, Connection: "link", Peer: addrB}
+	s.broker.Ignored(t.Context(), ignored)
+	check("link", "the peer at 192.0.2.2 does not speak Q-IPsec (or the answer is forged)")
+	now := []Child{{Name: "net", Start: StartNow}}
+	for _, state := range []State{StateDown, StateConnecting} {
+		n := s.broker.note("link")
+		_, next := s.reason(Connection{Name: "link", Children: now}, Status{State: state, Cause: n.cause}, n)
+		if !strings.Contains(next, "at 192.0.2.2, see whether qipsecd") {
+			t.Errorf("%s: next: %s", state, next)
+		}
+	}
 	s.broker.mu.Lock()
 	for range 4 {
 		s.broker.failed(s.broker.conns["link"], "no answer")

@@ -220,6 +220,36 @@ func (b *Broker) End(_ context.Context, sa plugin.SA) {
 	}
 }
 
+// Ignored notes that an IKE_SA_INIT answer was ignored. Anyone who sees our
+// request can forge such answers: they change the cause that is shown, and
+// neither what the connection does nor, however many come, how much is logged.
+func (b *Broker) Ignored(_ context.Context, m plugin.Ignored) {
+	cause := fmt.Sprintf("the peer at %s does not speak Q-IPsec (or the answer is forged)", m.Peer)
+	if b.ignored(m, cause) {
+		report(b.log, b.events, Event{
+			Severity: Fault, Code: EventIgnored, Connection: m.Connection,
+			Text: fmt.Sprintf("connection %q: IKE_SA_INIT answer ignored: %s", m.Connection, cause),
+		})
+	}
+}
+
+// ignored sets the cause and says whether it is to be reported too.
+func (b *Broker) ignored(m plugin.Ignored, cause string) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	cs, err := b.admit(m.SA, m.Connection)
+	if err != nil {
+		return false // its GETKEY was refused for that, with a report
+	}
+	b.blame(cs, cause, fmt.Sprintf("at %s, see whether qipsecd and the qipsec plugin run, and whether its connection has the same addresses and IKE proposals (`qipsec explain` and charon's log there); if so, somebody forges answers.", m.Peer))
+	now := b.now()
+	if now.Before(cs.quietUntil) {
+		return false
+	}
+	cs.quietUntil = now.Add(ignoredQuiet)
+	return true
+}
+
 // release takes the IKE_SA from a pending key: unsent it becomes free, sent it
 // is dropped; b.mu is held.
 func (b *Broker) release(p *pending) {
@@ -253,7 +283,7 @@ func (b *Broker) drop(p *pending) { b.take(p).Wipe() }
 // third in a row on the connection waits before it asks for another key.
 func (b *Broker) failed(cs *connState, cause string) {
 	cs.failures++
-	cs.cause, cs.causeAt = cause, b.now()
+	b.blame(cs, cause, "")
 	if n := cs.failures - backOffAfter; n > 0 {
 		wait := min(backOffBase<<min(n-1, 8), backOffMax)
 		cs.notBefore = b.now().Add(wait)

@@ -1,6 +1,7 @@
 package ike
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -144,6 +145,7 @@ func (m *Manager) child(v childView) ChildStatus {
 type note struct {
 	cause    string
 	causeAt  time.Time
+	next     string
 	fallback string
 	backOff  time.Duration
 	failures int
@@ -157,7 +159,7 @@ func (b *Broker) note(name string) note {
 		return note{}
 	}
 	return note{
-		cause: cs.cause, causeAt: cs.causeAt, fallback: cs.fallback, failures: cs.failures,
+		cause: cs.cause, causeAt: cs.causeAt, next: cs.next, fallback: cs.fallback, failures: cs.failures,
 		backOff: max(0, cs.notBefore.Sub(b.now())),
 	}
 }
@@ -225,7 +227,7 @@ func (m *Manager) reason(c Connection, s Status, n note) (why, next string) {
 	case StateBlocked:
 		return cause + ".", "remove that cause; qipsecd loads the connection by itself. Until then no packet may leave: that is what required means."
 	case StateConnecting:
-		return "charon is setting it up; last refusal: " + cause + ".", "wait; if it stays so, see whether the peer answers on UDP 500 and 4500."
+		return "charon is setting it up; last refusal: " + cause + ".", cmp.Or(n.next, "wait; if it stays so, see whether the peer answers on UDP 500 and 4500.")
 	}
 	switch {
 	case held:
@@ -236,7 +238,7 @@ func (m *Manager) reason(c Connection, s Status, n note) (why, next string) {
 	}
 	for _, ch := range c.Children {
 		if ch.Start == StartNow {
-			return "last refusal: " + cause + ".", "qipsecd goes on trying; read the peer's `qipsec explain` and charon's log on both ends."
+			return "last refusal: " + cause + ".", "qipsecd goes on trying; " + cmp.Or(n.next, "read the peer's `qipsec explain` and charon's log on both ends.")
 		}
 	}
 	return "nobody has started it; last refusal: " + cause + ".", "`qipsec tunnels up " + c.Name + "`, or start it from the peer."

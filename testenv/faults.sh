@@ -44,6 +44,8 @@ blamed() {
     }
     ok "$cell: one line says why: $(cause "$1" "$2")"
 }
+# explained N REGEXP: `qipsec explain`, which fails for a tunnel that is not up, has such a line.
+explained() { grep -qE -- "$2" <<<"$(qipsec "$1" explain a-b 2>&1)"; }
 # forwarded: a ping of the tempting ones was answered after this moment.
 pings() { grep -c 'bytes from' "$GW/ha/log/tempt.log"; }
 more_pings() { [ "$(pings)" -gt "$1" ]; }
@@ -156,6 +158,9 @@ cell_stock_peer() {
     stock_peer || fail "stock charon of b does not start"
     await 20 no_sa
     check "$cell: charon's log says why" await 40 grep -q "connection 'a-b': IKE_SA_INIT answer of 192.0.2.2 ignored: the peer does not speak Q-IPsec" "$GW/a/run/charon.log"
+    blamed a 'a-b.*IKE_SA_INIT answer ignored: the peer at 192.0.2.2 does not speak Q-IPsec'
+    check "$cell: qipsec explain says why" explained a 'Why: .*the peer at 192.0.2.2 does not speak Q-IPsec'
+    check "$cell: qipsec explain says what to do" explained a 'Next: .*at 192.0.2.2, see whether'
     node b swanctl --initiate --child net --timeout 8 >"$GW/b/log/stock-initiate.log" 2>&1
     blamed a 'a-b.*(does not announce|carries no Key-ID)'
     check "$cell: no tunnel from either side" still_down

@@ -45,6 +45,8 @@ typedef struct {
 	uint8_t policy;
 	/** the peer sent the support notify */
 	bool speaks;
+	/** an answer to our IKE_SA_INIT request was ignored, and that was told */
+	bool told;
 	/** a request of the peer is being answered: nonces are Nr */
 	bool answering;
 	/** last incoming message of an exchange that sets up a CHILD_SA */
@@ -119,6 +121,13 @@ static void put_sa(qi_call_t *call, ike_sa_t *ike_sa)
 
 	qi_put_u32(call, QI_T_UID, ike_sa->get_unique_id(ike_sa));
 	qi_put(call, QI_T_CONNECTION, name, strlen(name));
+}
+
+static void put_peer(qi_call_t *call, host_t *peer)
+{
+	chunk_t addr = peer->get_address(peer);
+
+	qi_put(call, QI_T_PEER, addr.ptr, addr.len);
 }
 
 static void put_spis(qi_call_t *call, ike_sa_t *ike_sa)
@@ -212,15 +221,14 @@ static bool wants_key(ike_sa_t *ike_sa, state_t *state)
 static bool get_key(ike_sa_t *ike_sa, state_t *state, uint8_t key_id[KEY_ID_LEN],
 					bool *have)
 {
-	host_t *peer = ike_sa->get_other_host(ike_sa);
-	chunk_t addr = peer->get_address(peer), value;
 	qi_call_t call;
+	chunk_t value;
 	bool good;
 
 	state->asked = TRUE;
 	qi_call_init(&call, QI_GETKEY);
 	put_sa(&call, ike_sa);
-	qi_put(&call, QI_T_PEER, addr.ptr, addr.len);
+	put_peer(&call, ike_sa->get_other_host(ike_sa));
 	good = qi_call_run(&call);
 	if (good && (call.kind != QI_OK ||
 				 !qi_get(&call, QI_T_POLICY, 1, 1, &value)))
@@ -583,6 +591,27 @@ static void stash_confirm(chunk_t *to, message_t *message)
 	}
 }
 
+/** Says why an answer was ignored: once per request of ours, because whoever
+ *  sees that request can forge answers without end. */
+static void tell_ignored(ike_sa_t *ike_sa, state_t *state, host_t *peer)
+{
+	qi_call_t call;
+
+	if (state->told)
+	{
+		return;
+	}
+	state->told = TRUE;
+	DBG1(DBG_IKE, "qipsec: connection '%s': IKE_SA_INIT answer of %H ignored: "
+		 "the peer does not speak Q-IPsec (or the answer is forged)",
+		 ike_sa->get_name(ike_sa), peer);
+	qi_call_init(&call, QI_IGNORED);
+	put_sa(&call, ike_sa);
+	put_peer(&call, peer);
+	qi_call_tell(&call);
+	qi_call_done(&call);
+}
+
 static void init_in(ike_sa_t *ike_sa, state_t *state, message_t *message)
 {
 	chunk_t data;
@@ -594,9 +623,7 @@ static void init_in(ike_sa_t *ike_sa, state_t *state, message_t *message)
 		!message->get_notify(message, COOKIE) &&
 		!message->get_notify(message, INVALID_KE_PAYLOAD))
 	{
-		DBG1(DBG_IKE, "qipsec: connection '%s': IKE_SA_INIT answer of %H ignored: "
-			 "the peer does not speak Q-IPsec (or the answer is forged)",
-			 ike_sa->get_name(ike_sa), message->get_source(message));
+		tell_ignored(ike_sa, state, message->get_source(message));
 		message->set_exchange_type(message, EXCHANGE_TYPE_UNDEFINED);
 		/* charon took the answer's SPI before it asked us, and would not find
 		 * this IKE_SA again for another answer, the real peer's */
@@ -707,6 +734,7 @@ static void request_out(ike_sa_t *ike_sa, state_t *state, message_t *message)
 	{
 		case IKE_SA_INIT:
 			add_support(message);
+			state->told = FALSE;
 			chunk_free(&state->ni);
 			payload = (nonce_payload_t*)message->get_payload(message, PLV2_NONCE);
 			if (payload)

@@ -26,6 +26,7 @@ enum {
 	QI_QUERY = 6,
 	QI_UPDATE = 7,
 	QI_END = 8,
+	QI_IGNORED = 9,
 	QI_ACK = 16,
 	QI_OK = 128,
 	QI_INSTALLED = 129,

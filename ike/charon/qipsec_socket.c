@@ -33,6 +33,7 @@ static const struct {
 	{ QI_QUERY,		"QUERY",	200 },
 	{ QI_UPDATE,	"UPDATE",	200 },
 	{ QI_END,		"END",		20 },
+	{ QI_IGNORED,	"IGNORED",	20 },
 };
 
 /** Pause between attempts to get the standing connection back, in ms. */

@@ -36,12 +36,12 @@ func (e *Refusal) Error() string { return "refused: " + e.Text }
 type request struct {
 	hello    Hello
 	deadline time.Duration // on CLOCK_MONOTONIC
-	message  any           // Hello, GetKey, Sent, Bind, AddSA, Query, UpdateSA or End
+	message  any           // Hello, GetKey, Sent, Bind, AddSA, Query, UpdateSA, End or Ignored
 }
 
 // AppendRequest gives the frame that opens a connection, in b's memory, which
 // must have a capacity of MaxFrame: the caller wipes it. m is a Hello, GetKey,
-// Sent, Bind, AddSA, Query, UpdateSA or End; deadline is an absolute
+// Sent, Bind, AddSA, Query, UpdateSA, End or Ignored; deadline is an absolute
 // CLOCK_MONOTONIC. It is what the C plugin does (ike/charon); Go needs it for
 // tests and measurements. Keys in m stay the caller's.
 func AppendRequest(b []byte, h Hello, deadline time.Duration, m any) ([]byte, error) {
@@ -63,6 +63,8 @@ func AppendRequest(b []byte, h Hello, deadline time.Duration, m any) ([]byte, er
 		k = kindUpdate
 	case End:
 		k = kindEnd
+	case Ignored:
+		k = kindIgnored
 	default:
 		return nil, fmt.Errorf("plugin: %T is no request", m)
 	}
@@ -105,6 +107,9 @@ func (w *writer) request(m any) {
 		w.flag(tagNewEncap, m.NewEncap)
 	case End:
 		w.u32(tagUID, m.SA.UID)
+	case Ignored:
+		w.sa(m.SA, m.Connection)
+		w.bytes(tagPeer, m.Peer.AsSlice())
 	}
 }
 
@@ -243,7 +248,7 @@ func parseRequest(b []byte) (request, error) {
 	case kindGetKey:
 		m := GetKey{}
 		m.SA, m.Connection = r.sa(sa)
-		m.Peer = r.addr(r.bytes(tagPeer, 4, 16))
+		m.Peer = r.peer()
 		q.message = m
 	case kindSent:
 		q.message = r.sent(sa)
@@ -261,6 +266,11 @@ func parseRequest(b []byte) (request, error) {
 	case kindEnd:
 		sa.UID = r.u32(tagUID)
 		q.message = End{SA: sa}
+	case kindIgnored:
+		m := Ignored{}
+		m.SA, m.Connection = r.sa(sa)
+		m.Peer = r.peer()
+		q.message = m
 	default:
 		return request{}, fmt.Errorf("plugin: frame %d opens no request", r.kind)
 	}
@@ -297,6 +307,8 @@ func (r *reader) addr(v []byte) netip.Addr {
 	}
 	return a
 }
+
+func (r *reader) peer() netip.Addr { return r.addr(r.bytes(tagPeer, 4, 16)) }
 
 func (r *reader) endpoint(t tag) netip.AddrPort {
 	v := r.bytes(t, 6, 18)

@@ -80,6 +80,7 @@ func requests(t testing.TB) []any {
 		Query{ID: testSAID()},
 		UpdateSA{ID: testSAID(), NewSrc: netip.MustParseAddrPort("192.0.2.9:1"), NewDst: netip.MustParseAddrPort("192.0.2.8:2"), Encap: true},
 		End{SA: testSA},
+		Ignored{SA: testSA, Connection: "link", Peer: netip.MustParseAddr("2001:db8::2")},
 	}
 }
 
@@ -287,6 +288,7 @@ func TestParseRefusesBadFields(t *testing.T) {
 		"selector backwards":  wrongAdd(func(a *AddSA) { s := a.SrcTS[0]; s.From, s.To = s.To, s.From; a.SrcTS = []Selector{s} }),
 		"too many selectors":  wrongAdd(func(a *AddSA) { a.SrcTS = make129(a.SrcTS[0]) }),
 		"peer without length": GetKey{SA: testSA, Connection: "x"},
+		"ignored by nobody":   Ignored{SA: testSA, Connection: "x"},
 	} {
 		q, err := parseRequest(encode(t, m))
 		if err == nil {

@@ -28,15 +28,16 @@ const (
 type kind uint8
 
 const (
-	kindHello  kind = 1
-	kindGetKey kind = 2
-	kindSent   kind = 3
-	kindBind   kind = 4
-	kindAddSA  kind = 5
-	kindQuery  kind = 6
-	kindUpdate kind = 7
-	kindEnd    kind = 8
-	kindAck    kind = 16
+	kindHello   kind = 1
+	kindGetKey  kind = 2
+	kindSent    kind = 3
+	kindBind    kind = 4
+	kindAddSA   kind = 5
+	kindQuery   kind = 6
+	kindUpdate  kind = 7
+	kindEnd     kind = 8
+	kindIgnored kind = 9
+	kindAck     kind = 16
 
 	kindOK        kind = 128 // with the request's answer
 	kindInstalled kind = 129

@@ -242,6 +242,15 @@ type UpdateSA struct {
 	Encap, NewEncap bool
 }
 
+// Ignored says that the plugin ignored an IKE_SA_INIT answer, because it does
+// not announce Q-IPsec under Required. Nothing of that answer is authenticated:
+// anyone who sees our request can forge it.
+type Ignored struct {
+	SA         SA
+	Connection string
+	Peer       netip.Addr // the answer's source
+}
+
 // Handler decides what the plugin asks. Every method must return by ctx's end,
 // which is the plugin's deadline; an error is sent as REFUSE with its text,
 // which therefore names no secret. Methods are called at the same time from
@@ -260,6 +269,7 @@ type Handler interface {
 	Rollback(ctx context.Context, id SAID)
 	QuerySA(ctx context.Context, id SAID) (Counters, error)
 	UpdateSA(ctx context.Context, m UpdateSA) error
-	End(ctx context.Context, sa SA) // the IKE_SA is gone; what was not Sent is free again
-	Gone(i Instance)                // the plugin's standing connection broke
+	End(ctx context.Context, sa SA)         // the IKE_SA is gone; what was not Sent is free again
+	Ignored(ctx context.Context, m Ignored) // at most one per IKE_SA_INIT request
+	Gone(i Instance)                        // the plugin's standing connection broke
 }

@@ -26,7 +26,7 @@ const (
 	firstFrame  = time.Second     // from accept to the opening frame
 	maxDeadline = 5 * time.Second // of a request; the plugin's own limits are far below
 	helloLimit  = 2 * time.Second
-	endLimit    = time.Second
+	tellLimit   = time.Second // for a frame that nobody waits for
 	// A rollback must also come through when qipsecd is being stopped.
 	rollbackLimit = 2 * time.Second
 	acceptPause   = 100 * time.Millisecond // while there is no file descriptor or memory for a connection
@@ -349,10 +349,7 @@ func (s *Server) request(ctx context.Context, c conn, q request) {
 		_ = c.answer(errors.New("no standing connection of this charon: it is being set up, try again"))
 		return
 	}
-	if end, ok := q.message.(End); ok {
-		ctx, cancel := context.WithTimeout(ctx, endLimit)
-		defer cancel()
-		s.h.End(ctx, end.SA)
+	if s.told(ctx, q.message) {
 		return
 	}
 	now, err := monotonic()
@@ -376,6 +373,21 @@ func (s *Server) request(ctx context.Context, c conn, q request) {
 	if err := c.answer(answer); err != nil {
 		s.log.Warn("plugin socket: answer not delivered", "err", err)
 	}
+}
+
+// told passes on a message without an answer; false: m wants one.
+func (s *Server) told(ctx context.Context, m any) bool {
+	ctx, cancel := context.WithTimeout(ctx, tellLimit)
+	defer cancel()
+	switch m := m.(type) {
+	case End:
+		s.h.End(ctx, m.SA)
+	case Ignored:
+		s.h.Ignored(ctx, m)
+	default:
+		return false
+	}
+	return true
 }
 
 // decide asks the handler.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -97,7 +98,11 @@ func (f *fake) QuerySA(context.Context, plugin.SAID) (plugin.Counters, error) {
 }
 func (f *fake) UpdateSA(context.Context, plugin.UpdateSA) error { return f.note("update") }
 func (f *fake) End(_ context.Context, sa plugin.SA)             { _ = f.note("end " + string('0'+rune(sa.UID))) }
-func (f *fake) Gone(plugin.Instance)                            { _ = f.note("gone") }
+
+func (f *fake) Ignored(_ context.Context, m plugin.Ignored) {
+	_ = f.note(fmt.Sprintf("ignored %s %d %s", m.Connection, m.SA.UID, m.Peer))
+}
+func (f *fake) Gone(plugin.Instance) { _ = f.note("gone") }
 
 var _ plugin.Handler = (*fake)(nil)
 
@@ -217,6 +222,10 @@ func TestEveryCall(t *testing.T) {
 		t.Errorf("End: %v", err)
 	}
 	eventually(t, "END", func() bool { return f.count("end 4") == 1 })
+	if err := c.Ignored(ctx, plugin.Ignored{SA: sa, Connection: "link", Peer: netip.MustParseAddr("192.0.2.2")}); err != nil {
+		t.Errorf("Ignored: %v", err)
+	}
+	eventually(t, "IGNORED", func() bool { return f.count("ignored link 4 192.0.2.2") == 1 })
 	for _, s := range []string{"hello 5.9.8", "getkey link 192.0.2.2", "sent 01", "bind gw-a", "add", "commit", "query", "update"} {
 		if f.count(s) != 1 {
 			t.Errorf("%q seen %d times in %q", s, f.count(s), f.log)

@@ -156,7 +156,17 @@ func (c *Charon) UpdateSA(ctx context.Context, m plugin.UpdateSA) error {
 
 // End tells that an IKE_SA is gone and waits for nothing.
 func (c *Charon) End(ctx context.Context, uid uint32) error {
-	u, err := c.open(ctx, plugin.End{SA: plugin.SA{Instance: c.Hello.Instance, UID: uid}})
+	return c.tell(ctx, plugin.End{SA: plugin.SA{Instance: c.Hello.Instance, UID: uid}})
+}
+
+// Ignored tells of an ignored IKE_SA_INIT answer and waits for nothing.
+func (c *Charon) Ignored(ctx context.Context, m plugin.Ignored) error {
+	m.SA.Instance = c.Hello.Instance
+	return c.tell(ctx, m)
+}
+
+func (c *Charon) tell(ctx context.Context, m any) error {
+	u, err := c.open(ctx, m)
 	if err != nil {
 		return err
 	}
