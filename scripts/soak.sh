@@ -7,6 +7,8 @@
 #   full-speed  two nodes issue keys at full speed at once for 5 minutes
 #   rekeys      1,000 CHILD_SA rekeys under ping (testenv/rekeys.sh)
 #   faults      every fault of testenv/faults.sh
+#   late        every step of the plugin's socket cut, late, lost and repeated, and 40
+#               rekeys while either qipsecd is stopped again and again (testenv/late.sh)
 #   fuzz        every fuzz target for 30 s
 #
 # COUNT overrides the counts of kill9 and rekeys and the seconds of full-speed.
@@ -22,7 +24,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-all="kill9 full-speed rekeys faults fuzz"
+all="kill9 full-speed rekeys faults late fuzz"
 out=out/soak
 end=$((SECONDS + 90 * 60))
 seed=${SEED:-$((RANDOM * 32768 + RANDOM + 1))}
@@ -114,6 +116,17 @@ part_faults() {
     count=$(grep -c '^ok - ' "$out/faults.log")
     wanted=$count
     note="checks"
+}
+
+part_late() {
+    seed_used=null
+    ALL=1 COUNT=40 TESTENV_PASS=ALL TESTENV_TIMEOUT=$(share 2400) TESTENV_OUT=$out/late testenv/run testenv/late.sh >"$out/late.log" 2>&1 || {
+        grep -E '^not ok' "$out/late.log" || true
+        return 1
+    }
+    count=$(grep -c '^ok - .* packets lost' "$out/late.log")
+    wanted=$count
+    note="cells; $(grep -oE '[0-9]+ of [0-9]+ packets lost, .* repeated' "$out/late.log")"
 }
 
 part_fuzz() {

@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # test.sh: every test, behind `make test`. The Go tests run first, under the race
-# detector; then the scenarios that need a kernel with ESP, each in testenv/run.
-# Logs: out/test/. The last line is "total: N passed, N failed, N skipped".
+# detector; then the scenarios, two at once and the longest first, most of them in
+# testenv/run, because they need a kernel with ESP. Logs: out/test/. The last line
+# is "total: N passed, N failed, N skipped".
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export TESTENV_TIMEOUT=600
 exec bin/testrun -out out/test \
-    "testenv/run testenv/stock.sh" \
-    "testenv/sad.sh" \
-    "scripts/demo-stage1.sh" \
-    "testenv/labtest.sh" \
-    "testenv/run testenv/demo.sh" \
-    "scripts/testbed-test.sh" \
     "testenv/run testenv/faults.sh" \
-    "testenv/run testenv/rekeys.sh" \
     "testenv/run testenv/lifetimes.sh" \
-    "testenv/run testenv/secrets.sh"
+    "testenv/run testenv/late.sh" \
+    "testenv/run testenv/demo.sh" \
+    "testenv/run testenv/rekeys.sh" \
+    "testenv/sad.sh" \
+    "testenv/run testenv/secrets.sh" \
+    "testenv/run testenv/stock.sh" \
+    "scripts/testbed-test.sh" \
+    "testenv/unprivileged.sh scripts/demo-stage1.sh" \
+    "testenv/unprivileged.sh testenv/labtest.sh"

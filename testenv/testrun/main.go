@@ -18,18 +18,22 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 )
 
 func main() {
 	out := flag.String("out", "out/test", "`directory` for logs")
 	pkgs := flag.String("go", "./...", "Go packages to test, space separated; empty: none")
 	timeout := flag.Duration("timeout", 25*time.Minute, "bound of each part")
+	parallel := flag.Int("parallel", 2, "scenarios at once")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	ok, err := run(ctx, *out, strings.Fields(*pkgs), flag.Args(), *timeout)
+	ok, err := run(ctx, *out, strings.Fields(*pkgs), flag.Args(), *parallel, *timeout)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "testrun:", err)
 		os.Exit(1)
@@ -42,7 +46,7 @@ func main() {
 // tally counts results; a skip is shown with its reason.
 type tally struct{ passed, failed, skipped int }
 
-func run(ctx context.Context, out string, pkgs, scenarios []string, timeout time.Duration) (bool, error) {
+func run(ctx context.Context, out string, pkgs, commands []string, parallel int, timeout time.Duration) (bool, error) {
 	if err := os.RemoveAll(out); err != nil {
 		return false, err
 	}
@@ -61,10 +65,8 @@ func run(ctx context.Context, out string, pkgs, scenarios []string, timeout time
 			return false, err
 		}
 	}
-	for _, s := range scenarios {
-		if err := scenario(ctx, &t, out, s, timeout); err != nil {
-			return false, err
-		}
+	if err := scenarios(ctx, &t, out, commands, parallel, timeout); err != nil {
+		return false, err
 	}
 	leaks, err := search(keys.Name(), out)
 	if err != nil {
@@ -168,11 +170,33 @@ func (t *tally) goEvent(e event, output map[string]*bytes.Buffer) {
 	delete(output, id)
 }
 
+// scenarios runs the commands in their order, so many at once, and prints what
+// each has to say when it has ended.
+func scenarios(ctx context.Context, t *tally, out string, commands []string, parallel int, timeout time.Duration) error {
+	var mu sync.Mutex
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(parallel)
+	for _, command := range commands {
+		g.Go(func() error {
+			var text bytes.Buffer
+			one, err := scenario(ctx, &text, out, command, timeout)
+			mu.Lock()
+			defer mu.Unlock()
+			t.passed += one.passed
+			t.failed += one.failed
+			t.skipped += one.skipped
+			fmt.Print(text.String())
+			return err
+		})
+	}
+	return g.Wait()
+}
+
 // scenario runs one command whose output has a line "ok - NAME",
 // "not ok - NAME: why" or "skip - NAME: why" for each thing it checked. An exit
 // status that does not fit is a failure of its own, as is a run that checked
-// nothing.
-func scenario(ctx context.Context, t *tally, out, command string, timeout time.Duration) error {
+// nothing. What is to be shown goes to text.
+func scenario(ctx context.Context, text io.Writer, out, command string, timeout time.Duration) (t tally, err error) {
 	name := strings.Map(func(r rune) rune {
 		if strings.ContainsRune(" /", r) {
 			return '_'
@@ -181,7 +205,7 @@ func scenario(ctx context.Context, t *tally, out, command string, timeout time.D
 	}, command)
 	f, err := os.Create(filepath.Join(out, name+".log"))
 	if err != nil {
-		return err
+		return t, err
 	}
 	defer f.Close()
 	ctx2, cancel := context.WithTimeout(ctx, timeout)
@@ -194,11 +218,10 @@ func scenario(ctx context.Context, t *tally, out, command string, timeout time.D
 	r, w := io.Pipe()
 	cmd.Stdout, cmd.Stderr = w, w
 	if err := cmd.Start(); err != nil {
-		return err
+		return t, err
 	}
 	done := make(chan error, 1)
 	go func() { done <- cmd.Wait(); w.Close() }()
-	before := *t
 	sc := bufio.NewScanner(r)
 	sc.Buffer(nil, 1<<20)
 	for sc.Scan() {
@@ -209,20 +232,21 @@ func scenario(ctx context.Context, t *tally, out, command string, timeout time.D
 			t.passed++
 		case strings.HasPrefix(line, "not ok - "):
 			t.failed++
-			fmt.Printf("FAIL %s: %s\n", command, line)
+			fmt.Fprintf(text, "FAIL %s: %s\n", command, line)
 		case strings.HasPrefix(line, "skip - "):
 			t.skipped++
-			fmt.Printf("skip %s: %s\n", command, line)
+			fmt.Fprintf(text, "skip %s: %s\n", command, line)
 		}
 	}
 	_, _ = io.Copy(io.Discard, r)
-	err = <-done
-	checks := t.passed - before.passed + t.failed - before.failed
-	if (err != nil && t.failed == before.failed) || checks == 0 {
+	failure := <-done
+	checks := t.passed + t.failed
+	switch {
+	case failure != nil && t.failed == 0 || checks == 0:
 		t.failed++
-		fmt.Printf("FAIL %s: exit: %v, %d checks (see %s)\n", command, err, checks, f.Name())
-	} else if t.failed == before.failed {
-		fmt.Printf("ok   %s: %d checks (%.1f s)\n", command, checks, time.Since(start).Seconds())
+		fmt.Fprintf(text, "FAIL %s: exit: %v, %d checks (see %s)\n", command, failure, checks, f.Name())
+	case t.failed == 0:
+		fmt.Fprintf(text, "ok   %s: %d checks (%.1f s)\n", command, checks, time.Since(start).Seconds())
 	}
-	return ctx.Err()
+	return t, ctx.Err()
 }
