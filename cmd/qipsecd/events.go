@@ -142,14 +142,15 @@ func (r ikeEvents) Event(e ike.Event) {
 func (r *recorder) supply(e ksa.Event) {
 	row := store.Event{
 		Time: time.Now(), Pool: e.Pool, First: e.Position, Last: e.Position, ID: e.KeyID, Count: 1,
-		Side: store.Own, State: key.Supplied, Detail: e.MasterSAE + " to " + e.SlaveSAE,
+		Side: store.Peer, State: key.Supplied, Detail: e.MasterSAE + " to " + e.SlaveSAE,
+	}
+	if e.Own {
+		row.Side = store.Own
 	}
 	switch e.Kind {
-	case ksa.Supplied:
-	case ksa.Fetched:
-		row.Side = store.Peer
+	case ksa.Supplied, ksa.Fetched:
 	case ksa.Stranded:
-		row.Side, row.State, row.Detail = store.Peer, key.Stranded, row.Detail+": "+e.Why
+		row.State, row.Detail = key.Stranded, row.Detail+": "+e.Why
 	default:
 		s := r.source("ksa")
 		s.Event("KSA_"+strings.ToUpper(string(e.Kind)), "alarm", e.Why, slog.String("peer", e.Peer), slog.String("master_sae", e.MasterSAE), slog.String("key", e.KeyID.String()))

@@ -50,8 +50,8 @@ func TestRecorderWritesAllBeforeItEnds(t *testing.T) {
 	r := newRecorder(slog.New(slog.NewTextHandler(&log, nil)))
 	r.store = f
 	pool, id := uuid.New(), key.ID(uuid.New())
-	for _, kind := range []ksa.EventKind{ksa.Supplied, ksa.Fetched, ksa.Stranded} {
-		r.supply(ksa.Event{Kind: kind, Peer: "b", MasterSAE: "m", SlaveSAE: "s", Pool: pool, Position: key.At(1, 2), KeyID: id, Why: "expired"})
+	for i, kind := range []ksa.EventKind{ksa.Supplied, ksa.Fetched, ksa.Stranded, ksa.Stranded} {
+		r.supply(ksa.Event{Kind: kind, Own: i%3 == 0, Peer: "b", MasterSAE: "m", SlaveSAE: "s", Pool: pool, Position: key.At(1, 2), KeyID: id, Why: "expired"})
 	}
 	for range batchSize { // more than one transaction
 		r.supply(ksa.Event{Kind: ksa.Supplied, Pool: pool})
@@ -65,13 +65,13 @@ func TestRecorderWritesAllBeforeItEnds(t *testing.T) {
 	if err := r.run(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if len(f.rows) != 3+batchSize {
+	if len(f.rows) != 4+batchSize {
 		t.Fatalf("%d rows", len(f.rows))
 	}
 	for i, want := range []struct {
 		side  store.Side
 		state key.State
-	}{{store.Own, key.Supplied}, {store.Peer, key.Supplied}, {store.Peer, key.Stranded}} {
+	}{{store.Own, key.Supplied}, {store.Peer, key.Supplied}, {store.Peer, key.Stranded}, {store.Own, key.Stranded}} {
 		if e := f.rows[i]; e.Side != want.side || e.State != want.state || e.ID != id || e.Pool != pool || e.First != key.At(1, 2) || e.Count != 1 || !strings.HasPrefix(e.Detail, "m to s") {
 			t.Errorf("row %d: %+v", i, e)
 		}

@@ -317,7 +317,7 @@ func (p *pool) sweep(ctx context.Context, now time.Time) {
 		return
 	}
 	if _, gone := p.drop(upTo, p.a.keep(p.ID, upTo)); gone > 0 {
-		p.record(ctx, History{Side: Other, First: 1, Last: upTo, State: key.Stranded, Count: gone, Detail: "used by the peer, no supply notice came"})
+		p.record(ctx, History{Side: Other, First: 1, Last: upTo, State: key.Destroyed, Count: gone, Detail: "used by the peer, no supply notice came: what it supplied it counts itself"})
 		p.log.Warn("destroyed keys that the peer used without a supply notice", "keys", gone, "up_to", upTo)
 	}
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/q-ipsec/q-ipsec/kms/key"
 	"github.com/q-ipsec/q-ipsec/kms/keyfile"
+	"github.com/q-ipsec/q-ipsec/kms/store"
 	"github.com/q-ipsec/q-ipsec/kms/type1"
 )
 
@@ -473,6 +474,13 @@ func TestSweep(t *testing.T) {
 	}
 	if before != 11 || len(left) != 6 || p.held[key.At(1, 2)].ID != noticed {
 		t.Errorf("%d keys before, %v after: want the noticed one and those above 1/10", before, left)
+	}
+	rows, err := s.ag.o.Store.(*inventory).History(t.Context(), store.HistoryQuery{Pool: pairID, Limit: 100})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := rows[0]; r.State != key.Destroyed || r.Side != store.Peer || r.Count != before-len(left) { // stranded is the owner's to say
+		t.Errorf("history: %+v", r)
 	}
 }
 

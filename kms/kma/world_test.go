@@ -304,6 +304,10 @@ func (noSupply) PullNotice(context.Context, string, type1.PullRequest) (type1.Pu
 	return type1.PullResponse{}, nil
 }
 
+func (noSupply) PullSettled(context.Context, string, type1.SettledRequest) (type1.SettledResponse, error) {
+	return type1.SettledResponse{}, nil
+}
+
 func (w *world) other(n *node) *node {
 	if n == w.a {
 		return w.b

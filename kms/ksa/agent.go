@@ -69,6 +69,8 @@ type Peers interface {
 	// PullNotices asks peer for the notices of ids, and gives those that peer
 	// has. An error means that peer did not answer.
 	PullNotices(ctx context.Context, peer string, ids []key.ID) ([]Notice, error)
+	// PullSettled asks peer's Settled.
+	PullSettled(ctx context.Context, peer string, upTo uint64) (Settled, error)
 }
 
 // EventKind says what an Event is about.
@@ -88,6 +90,7 @@ type Event struct {
 	Peer, MasterSAE, SlaveSAE string
 	Pool                      uuid.UUID
 	Position                  key.Position
+	Own                       bool // the key is of our lease
 	KeyID                     key.ID
 	Class                     key.Class
 	Why                       string
@@ -104,7 +107,7 @@ type Options struct {
 	Reserve     int           // keys of each peer's pool kept for IPsec SAEs
 	TTL         time.Duration // how long a key waits for its slave SAE; default 5 minutes, at most an hour
 	PullTimeout time.Duration // bound on asking the peer for missing notices; default 500 ms
-	MaxNotices  int           // notices of one peer held at once, of ours to all peers four times as many; default 110,000
+	MaxNotices  int           // notices of one peer held at once, of ours to one peer four times as many; default 110,000
 	MaxKeyCount int           // what Status calls max_key_count; default 10,000,000
 	RetryAfter  time.Duration // hint with "no key left"; default 1 s
 
@@ -162,12 +165,13 @@ func orDefault[T int | time.Duration](v, d T) T {
 }
 
 // Run sends supply notices and lets notices expire until ctx ends; then it
-// tries once more, for a second, to send what is unsent, and wipes what is
-// held. GetKey and GetKeyWithID must not be called after that.
+// tries once more, for a second, to send what is unsent and to let the peers
+// know what was settled, and wipes what is held. GetKey and GetKeyWithID must not be called after that.
 func (a *Agent) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for peer := range a.nodes {
 		wg.Go(func() { a.send(ctx, peer) })
+		wg.Go(func() { a.ask(ctx, peer) })
 	}
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
@@ -178,6 +182,7 @@ func (a *Agent) Run(ctx context.Context) error {
 			a.sweep(a.o.Now())
 		}
 	}
+	a.tellSettled()
 	wg.Wait()
 	a.in.wipe()
 	return nil
@@ -262,7 +267,7 @@ func (a *Agent) supply(ctx context.Context, m, s *sae, number, sizeBits int) (ke
 	}
 	for _, mk := range taken {
 		mk.Material.Wipe()
-		a.event(Event{Kind: Supplied, Peer: s.Node, MasterSAE: m.ID, SlaveSAE: s.ID, Pool: mk.Pool, Position: mk.Position, KeyID: mk.ID, Class: mk.Class})
+		a.event(Event{Kind: Supplied, Own: true, Peer: s.Node, MasterSAE: m.ID, SlaveSAE: s.ID, Pool: mk.Pool, Position: mk.Position, KeyID: mk.ID, Class: mk.Class})
 	}
 	return keys, nil
 }

@@ -121,6 +121,7 @@ type fakePeers struct {
 	send  func(ns []Notice) ([]Notice, error) // what arrives; nil: everything
 	pull  func(ctx context.Context) error
 	extra []Notice // what PullNotices gives besides
+	mute  error    // of PullSettled
 	pulls int
 	sent  int
 }
@@ -156,6 +157,15 @@ func (f *fakePeers) PullNotices(ctx context.Context, _ string, ids []key.ID) ([]
 		}
 	}
 	return append(ns, f.extra...), nil
+}
+
+func (f *fakePeers) PullSettled(_ context.Context, _ string, upTo uint64) (Settled, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.mute != nil {
+		return Settled{}, f.mute
+	}
+	return f.other().Settled(f.self, upTo), nil
 }
 
 func (f *fakePeers) count() (sent, pulls int) {

@@ -56,17 +56,18 @@ type arrival struct {
 
 	// With the shard's lock. What we pulled the peer sends as well, since it
 	// knows not that we have it; often later than the key is supplied.
-	sent  bool // the peer sent it
-	spent bool // supplied and not sent yet: kept so that the notice to come is known
+	sent    bool // the peer sent it
+	settled bool // supplied, or expired and wiped; a supplied one not sent yet is kept so that the notice to come is known
 }
 
 // inbox holds the arrivals, each until its key is supplied or it expires. Each
 // peer has room of its own: keys of one that nobody fetches do not stop those
 // of another.
 type inbox struct {
-	max   int64
-	n     map[string]*atomic.Int64 // arrivals by peer; the map is fixed
-	shard [shards]struct {
+	max     int64
+	n       map[string]*atomic.Int64 // arrivals by peer; the map is fixed, as is the next one
+	settled map[string]*settled
+	shard   [shards]struct {
 		mu sync.Mutex
 		m  map[key.ID]*arrival
 	}
@@ -75,8 +76,10 @@ type inbox struct {
 func (b *inbox) init(limit int, peers map[string]bool) {
 	b.max = int64(limit)
 	b.n = make(map[string]*atomic.Int64, len(peers))
+	b.settled = make(map[string]*settled, len(peers))
 	for p := range peers {
 		b.n[p] = new(atomic.Int64)
+		b.settled[p] = newSettled(4 * limit)
 	}
 	for i := range b.shard {
 		b.shard[i].m = make(map[key.ID]*arrival)
@@ -107,9 +110,8 @@ func (b *inbox) add(a *arrival, pulled bool) error {
 		}
 		if !pulled {
 			old.sent = true
-			if old.spent {
-				delete(s.m, a.KeyID)
-				b.n[a.peer].Add(-1)
+			if old.settled {
+				b.drop(old)
 			}
 		}
 		return nil
@@ -127,13 +129,25 @@ func (b *inbox) add(a *arrival, pulled bool) error {
 	return nil
 }
 
-func (b *inbox) remove(a *arrival) {
+// remove removes a; settled, if its key was wiped here.
+func (b *inbox) remove(a *arrival, settled bool) {
 	s := &b.shard[of(a.KeyID)]
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.m[a.KeyID] == a {
-		delete(s.m, a.KeyID)
-		b.n[a.peer].Add(-1)
+	a.settled = a.settled || settled
+	b.drop(a)
+}
+
+// drop removes a, if it is there, with its shard's lock.
+func (b *inbox) drop(a *arrival) {
+	s := &b.shard[of(a.KeyID)]
+	if s.m[a.KeyID] != a {
+		return
+	}
+	delete(s.m, a.KeyID)
+	b.n[a.peer].Add(-1)
+	if a.settled {
+		b.settled[a.peer].add(a.KeyID)
 	}
 }
 
@@ -142,11 +156,10 @@ func (b *inbox) remove(a *arrival) {
 func (b *inbox) spend(a *arrival) {
 	s := &b.shard[of(a.KeyID)]
 	s.mu.Lock()
-	wait := !a.sent && b.n[a.peer].Load() < b.max
-	a.spent = wait
-	s.mu.Unlock()
-	if !wait {
-		b.remove(a)
+	defer s.mu.Unlock()
+	a.settled = true
+	if a.sent || b.n[a.peer].Load() >= b.max {
+		b.drop(a)
 	}
 }
 
@@ -174,7 +187,7 @@ func (b *inbox) wipe() {
 		a.master.Wipe()
 		a.master = nil
 		a.mu.Unlock()
-		b.remove(a)
+		b.remove(a, false)
 	}
 }
 
@@ -240,20 +253,25 @@ func (a *Agent) KeepOnBurn(pool uuid.UUID, upTo key.Position) []key.ID {
 }
 
 // sweep ends what has expired: an arrival's key, fetched by nobody, is claimed
-// and wiped; a notice the peer has not taken is forgotten.
+// and wiped; an issue whose key the peer has not settled is forgotten.
 func (a *Agent) sweep(now time.Time) {
 	for _, n := range a.in.collect(func(n *arrival) bool { return !now.Before(n.expires) }) {
 		a.expire(n)
 	}
-	for _, n := range a.out.expire(now) {
-		a.event(Event{Kind: Stranded, Peer: n.peer, MasterSAE: n.MasterSAE, SlaveSAE: n.SlaveSAEs[0], Pool: n.Pool, Position: n.Position, KeyID: n.KeyID, Why: "the peer has not taken the supply notice"})
+	for _, n := range a.out.lost() {
+		why := "the peer took the supply notice, but has not said what became of the key"
+		if !n.taken {
+			why = "the peer has not taken the supply notice"
+		}
+		a.event(Event{Kind: Stranded, Own: true, Peer: n.peer, MasterSAE: n.MasterSAE, SlaveSAE: n.SlaveSAEs[0], Pool: n.Pool, Position: n.Position, KeyID: n.KeyID, Why: why})
 	}
 }
 
 func (a *Agent) expire(n *arrival) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	a.in.remove(n)
+	settled := false
+	defer func() { a.in.remove(n, settled) }()
 	if n.done {
 		return
 	}
@@ -270,5 +288,6 @@ func (a *Agent) expire(n *arrival) {
 		}
 	}
 	m.Wipe()
+	settled = true
 	a.event(Event{Kind: Stranded, Peer: n.peer, MasterSAE: n.MasterSAE, SlaveSAE: n.SlaveSAEs[0], Pool: n.Pool, Position: n.Position, KeyID: n.KeyID, Class: n.class, Why: "no SAE has fetched it"})
 }

@@ -20,25 +20,28 @@ const (
 	hurryTime  = time.Second          // after a pull
 )
 
-// issue is a notice of ours that the peer has not acknowledged yet. Once it
-// has, we need it no more: a peer that forgets it forgets the key as well.
+// issue is a notice of ours for a key that the peer has not settled yet. The
+// fields behind peer have the outbox's lock.
 type issue struct {
 	Notice
 	peer    string
-	expires time.Time
+	expires time.Time // once taken: when the peer's arrival will have expired
+	taken   bool      // the peer has acknowledged the notice
 }
 
-// outbox holds the issues, by id to answer pulls and in order per peer to send
-// them.
+// outbox holds the issues for each peer.
 type outbox struct {
 	mu   sync.Mutex
-	max  int
-	m    map[key.ID]*issue
+	max  int // issues of one peer
 	peer map[string]*queue
 }
 
+// queue holds the issues for one peer by id, to answer pulls and to know what
+// is settled, and those not taken yet in order, to send them.
 type queue struct {
+	m       map[key.ID]*issue
 	pending []*issue
+	known   time.Time     // the peer has told of all that it had settled then
 	asked   time.Time     // when the peer last pulled a notice that was still here
 	wake    chan struct{} // of capacity 1: pending has grown
 }
@@ -54,10 +57,9 @@ func (q *queue) gather(last, now time.Time) time.Duration {
 
 func (b *outbox) init(limit int, peers map[string]bool) {
 	b.max = limit
-	b.m = make(map[key.ID]*issue)
 	b.peer = make(map[string]*queue, len(peers))
 	for p := range peers {
-		b.peer[p] = &queue{wake: make(chan struct{}, 1)}
+		b.peer[p] = &queue{m: make(map[key.ID]*issue), wake: make(chan struct{}, 1)}
 	}
 }
 
@@ -65,13 +67,13 @@ func (b *outbox) init(limit int, peers map[string]bool) {
 func (b *outbox) add(peer string, ns []Notice, expires time.Time) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if len(b.m)+len(ns) > b.max {
+	q := b.peer[peer]
+	if len(q.m)+len(ns) > b.max {
 		return errFull
 	}
-	q := b.peer[peer]
 	for _, n := range ns {
 		i := &issue{Notice: n, peer: peer, expires: expires}
-		b.m[n.KeyID] = i
+		q.m[n.KeyID] = i
 		q.pending = append(q.pending, i)
 	}
 	select {
@@ -81,8 +83,8 @@ func (b *outbox) add(peer string, ns []Notice, expires time.Time) error {
 	return nil
 }
 
-// head is the next batch for peer, without what has expired.
-func (b *outbox) head(peer string) []*issue {
+// head is the next batch for peer, without what is settled or has expired.
+func (b *outbox) head(peer string, now time.Time) []*issue {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	q := b.peer[peer]
@@ -91,7 +93,7 @@ func (b *outbox) head(peer string) []*issue {
 		i := q.pending[0]
 		q.pending[0] = nil
 		q.pending = q.pending[1:]
-		if b.m[i.KeyID] == i {
+		if q.m[i.KeyID] == i && now.Before(i.expires) {
 			batch = append(batch, i)
 		}
 	}
@@ -106,25 +108,34 @@ func (b *outbox) back(peer string, batch []*issue) {
 	q.pending = append(batch[:len(batch):len(batch)], q.pending...)
 }
 
-// done forgets a batch that was acknowledged.
-func (b *outbox) done(batch []*issue) {
+// done notes that a batch was acknowledged; its notices expire there at expires
+// at the latest.
+func (b *outbox) done(batch []*issue, expires time.Time) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, i := range batch {
-		delete(b.m, i.KeyID)
+		i.taken, i.expires = true, expires
 	}
 }
 
-// pull gives the issue of id to the peer that asks; nil if it is not for that one.
-func (b *outbox) pull(peer string, id key.ID, now time.Time) *issue {
+// waits reports whether there are keys that peer has not settled yet.
+func (b *outbox) waits(peer string) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	i := b.m[id]
-	if i == nil || i.peer != peer {
-		return nil
+	return len(b.peer[peer].m) > 0
+}
+
+// settle takes in an answer of peer's to a question that was asked at begun.
+func (b *outbox) settle(peer string, s Settled, begun time.Time) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	q := b.peer[peer]
+	for _, id := range s.IDs {
+		delete(q.m, id)
 	}
-	b.peer[peer].asked = now
-	return i
+	if !s.More {
+		q.known = begun
+	}
 }
 
 // gather is queue.gather of peer's.
@@ -134,16 +145,18 @@ func (b *outbox) gather(peer string, last, now time.Time) time.Duration {
 	return b.peer[peer].gather(last, now)
 }
 
-// expire forgets and returns the issues whose time is up; head leaves them out
-// of what it sends from then on.
-func (b *outbox) expire(now time.Time) []*issue {
+// lost forgets and returns the issues of keys that their peers cannot settle any
+// more.
+func (b *outbox) lost() []issue {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	var out []*issue
-	for id, i := range b.m {
-		if !now.Before(i.expires) {
-			delete(b.m, id)
-			out = append(out, i)
+	var out []issue
+	for _, q := range b.peer {
+		for id, i := range q.m {
+			if !q.known.Before(i.expires.Add(settleGrace)) {
+				delete(q.m, id)
+				out = append(out, *i)
+			}
 		}
 	}
 	return out
@@ -152,11 +165,14 @@ func (b *outbox) expire(now time.Time) []*issue {
 // Issued is the notice of id for the node peer, if peer has not acknowledged it
 // yet: the answer to its pull.
 func (a *Agent) Issued(peer string, id key.ID) (Notice, bool) {
-	i := a.out.pull(peer, id, time.Now())
-	if i == nil {
+	a.out.mu.Lock()
+	defer a.out.mu.Unlock()
+	q := a.out.peer[peer]
+	if q == nil || q.m[id] == nil || q.m[id].taken {
 		return Notice{}, false
 	}
-	return i.now(a.o.Now())
+	q.asked = time.Now()
+	return q.m[id].now(a.o.Now())
 }
 
 // now is the notice with the time that it still has.
@@ -205,16 +221,14 @@ func (a *Agent) send(ctx context.Context, peer string) {
 
 // sendBatch sends one batch and reports whether there was one.
 func (a *Agent) sendBatch(ctx context.Context, peer string) (bool, error) {
-	batch := a.out.head(peer)
-	ns := make([]Notice, 0, len(batch))
 	now := a.o.Now()
-	for _, i := range batch {
-		if n, ok := i.now(now); ok {
-			ns = append(ns, n)
-		}
+	batch := a.out.head(peer, now)
+	if len(batch) == 0 {
+		return false, nil
 	}
-	if len(ns) == 0 {
-		return len(batch) > 0, nil
+	ns := make([]Notice, len(batch))
+	for i := range batch {
+		ns[i], _ = batch[i].now(now)
 	}
 	ctx, cancel := context.WithTimeout(ctx, sendTimeout)
 	defer cancel()
@@ -222,7 +236,7 @@ func (a *Agent) sendBatch(ctx context.Context, peer string) (bool, error) {
 		a.out.back(peer, batch)
 		return true, err
 	}
-	a.out.done(batch)
+	a.out.done(batch, a.o.Now().Add(a.o.TTL))
 	return true, nil
 }
 

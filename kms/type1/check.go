@@ -186,3 +186,14 @@ func (r *PullRequest) check() error {
 }
 
 func (r *PullResponse) check() error { return checkNotices(r.Notices) }
+
+// Nor does this one: each node is told of its own keys.
+func (r *SettledRequest) pools() []uuid.UUID { return nil }
+func (r *SettledRequest) check() error       { return nil }
+
+func (r *SettledResponse) check() error {
+	if len(r.KeyIDs) > MaxSettled {
+		return fmt.Errorf("type1: more than %d Key-IDs", MaxSettled)
+	}
+	return nil
+}

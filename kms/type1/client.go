@@ -113,6 +113,13 @@ func (c *Client) PullNotice(ctx context.Context, r PullRequest) (PullResponse, e
 	return out, err
 }
 
+// PullSettled asks which of our keys were settled at the peer.
+func (c *Client) PullSettled(ctx context.Context, r SettledRequest) (SettledResponse, error) {
+	var out SettledResponse
+	err := c.call(ctx, PathPullSettled, &r, &out)
+	return out, err
+}
+
 func (c *Client) call(ctx context.Context, path string, in, out interface{ check() error }) error {
 	if err := in.check(); err != nil {
 		return fmt.Errorf("type1: %s not sent: %w", path, err)

@@ -26,6 +26,8 @@ type Supply interface {
 	SupplyNotice(ctx context.Context, peer string, r NoticeRequest) error
 	// PullNotice answers with those notices that are meant for peer only.
 	PullNotice(ctx context.Context, peer string, r PullRequest) (PullResponse, error)
+	// PullSettled answers with keys that peer owns only.
+	PullSettled(ctx context.Context, peer string, r SettledRequest) (SettledResponse, error)
 }
 
 // HandlerOptions are all needed but the limits and Event.
@@ -71,6 +73,7 @@ func NewHandler(o HandlerOptions) (http.Handler, error) {
 		return NoticeResponse{}, o.Supply.SupplyNotice(ctx, peer, r)
 	})
 	handle(mux, h, PathPullNotice, o.Supply.PullNotice)
+	handle(mux, h, PathPullSettled, o.Supply.PullSettled)
 	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
 		writeProblem(w, &Problem{NotFound, "no such method of Type-1"})
 	})

@@ -19,6 +19,7 @@ const (
 	PathSync         = "/type1/v1/sync"
 	PathSupplyNotice = "/type1/v1/supplyNotice"
 	PathPullNotice   = "/type1/v1/pullNotice"
+	PathPullSettled  = "/type1/v1/pullSettled"
 )
 
 // Limits of one message. A receiver refuses more, a sender splits.
@@ -27,6 +28,7 @@ const (
 	MaxLease    = 1 << 16 // blocks that one lease covers
 	MaxRanges   = 1 << 16 // ranges in a block list of sync
 	MaxNotices  = 1024    // notices, or Key-IDs of a pull
+	MaxSettled  = 1 << 13 // Key-IDs in one answer to pullSettled
 	MaxKeep     = 1 << 17 // Key-IDs kept of a burned lease
 	maxTag      = 32      // bytes
 )
@@ -233,4 +235,17 @@ type PullRequest struct {
 // PullResponse holds those that there are, for the asker.
 type PullResponse struct {
 	Notices []Notice `json:"notices"`
+}
+
+// SettledRequest asks which of the sender's keys were settled at the receiver:
+// fetched, or expired and counted there. It confirms that all before UpTo came.
+type SettledRequest struct {
+	UpTo uint64 `json:"up_to"` // of the last answer; 0: none
+}
+
+// SettledResponse holds what was settled since.
+type SettledResponse struct {
+	KeyIDs []key.ID `json:"key_ids"`
+	UpTo   uint64   `json:"up_to"`
+	More   bool     `json:"more"` // there is more to ask for at once
 }

@@ -60,6 +60,7 @@ var (
 	wantLease    = LeaseResponse{Mark: Position(key.At(3, 8)), Missing: []uint64{3}}
 	wantBurn     = BurnResponse{Keep: []key.ID{keyID}}
 	wantSync     = SyncResponse{SyncState{Instance: link.To, Generation: 4, Mark: Position(key.At(3, 8)), NewestSeq: 9, Received: []Range{}, Active: []Range{{3, 5}, {7, 7}}}}
+	wantSettled  = SettledResponse{KeyIDs: []key.ID{keyID}, UpTo: 1<<52 + 1, More: true}
 	aNotice      = Notice{Pool: poolID, Position: Position(key.At(3, 2)), KeyID: keyID, MasterSAE: "sae-a", SlaveSAEs: []string{"sae-b"}, SizeBits: 256, TTLSeconds: 60}
 )
 
@@ -85,6 +86,10 @@ func (r *recorder) SupplyNotice(_ context.Context, peer string, q NoticeRequest)
 
 func (r *recorder) PullNotice(_ context.Context, peer string, q PullRequest) (PullResponse, error) {
 	return PullResponse{Notices: []Notice{aNotice}}, r.note(peer, q)
+}
+
+func (r *recorder) PullSettled(_ context.Context, peer string, q SettledRequest) (SettledResponse, error) {
+	return wantSettled, r.note(peer, q)
 }
 
 // fixture is node b's handler behind TLS, and node a's way to it.
@@ -176,7 +181,7 @@ func TestCalls(t *testing.T) {
 	f := newFixture(t)
 	c := f.client(t, "a")
 	v, l, b, s := sampleRequests()
-	n, p := NoticeRequest{Notices: []Notice{aNotice}}, PullRequest{KeyIDs: []key.ID{keyID}}
+	n, p, e := NoticeRequest{Notices: []Notice{aNotice}}, PullRequest{KeyIDs: []key.ID{keyID}}, SettledRequest{UpTo: 1 << 52}
 	tests := []struct {
 		name       string
 		sent, want any
@@ -188,6 +193,7 @@ func TestCalls(t *testing.T) {
 		{"sync", s, wantSync, func(ctx context.Context) (any, error) { return c.Sync(ctx, s) }},
 		{"supplyNotice", n, nil, func(ctx context.Context) (any, error) { return nil, c.SupplyNotice(ctx, n) }},
 		{"pullNotice", p, PullResponse{Notices: []Notice{aNotice}}, func(ctx context.Context) (any, error) { return c.PullNotice(ctx, p) }},
+		{"pullSettled", e, wantSettled, func(ctx context.Context) (any, error) { return c.PullSettled(ctx, e) }},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -359,6 +365,10 @@ func TestAnswers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	long, err := NewClient(ClientOptions{URL: srv.URL, Transport: srv.Client().Transport})
+	if err != nil {
+		t.Fatal(err)
+	}
 	_, l, _, _ := sampleRequests()
 	for name, tt := range map[string]struct {
 		status int
@@ -383,6 +393,18 @@ func TestAnswers(t *testing.T) {
 		}
 		if err != nil && (strings.Contains(err.Error(), "\n") || len(err.Error()) > 512) {
 			t.Errorf("%s: the peer's text goes to our log: %q", name, err)
+		}
+	}
+	big, err := json.Marshal(SettledResponse{KeyIDs: make([]key.ID, MaxSettled+1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, answer := range map[string]string{
+		"negative": `{"key_ids":[],"up_to":-1,"more":false}`, "unknown field": `{"key_ids":[],"up_to":1,"more":false,"x":1}`, "too many": string(big),
+	} {
+		status, body = 200, answer
+		if _, err := long.PullSettled(t.Context(), SettledRequest{}); err == nil {
+			t.Errorf("%s: taken", name)
 		}
 	}
 	l.Mark = 0
@@ -448,7 +470,7 @@ func TestRanges(t *testing.T) {
 // same after a second trip.
 func FuzzRequests(f *testing.F) {
 	v, l, b, s := sampleRequests()
-	for i, m := range []any{v, l, b, s, NoticeRequest{Notices: []Notice{aNotice}}, PullRequest{KeyIDs: []key.ID{keyID}}} {
+	for i, m := range []any{v, l, b, s, NoticeRequest{Notices: []Notice{aNotice}}, PullRequest{KeyIDs: []key.ID{keyID}}, SettledRequest{UpTo: 7}} {
 		text, err := json.Marshal(m)
 		if err != nil {
 			f.Fatal(err)
@@ -457,7 +479,7 @@ func FuzzRequests(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, kind uint8, in []byte) {
 		fresh := func() request {
-			return []request{&ValidateRequest{}, &LeaseRequest{}, &BurnRequest{}, &SyncRequest{}, &NoticeRequest{}, &PullRequest{}}[kind%6]
+			return []request{&ValidateRequest{}, &LeaseRequest{}, &BurnRequest{}, &SyncRequest{}, &NoticeRequest{}, &PullRequest{}, &SettledRequest{}}[kind%7]
 		}
 		m := fresh()
 		if decode(in, m) != nil || m.check() != nil {
@@ -482,7 +504,7 @@ func FuzzRequests(f *testing.F) {
 
 // FuzzAnswers feeds the client's decoders.
 func FuzzAnswers(f *testing.F) {
-	for i, m := range []any{wantValidate, wantLease, wantBurn, wantSync, PullResponse{Notices: []Notice{aNotice}}} {
+	for i, m := range []any{wantValidate, wantLease, wantBurn, wantSync, PullResponse{Notices: []Notice{aNotice}}, wantSettled} {
 		text, err := json.Marshal(m)
 		if err != nil {
 			f.Fatal(err)
@@ -497,7 +519,7 @@ func FuzzAnswers(f *testing.F) {
 			}
 			return
 		}
-		m := []interface{ check() error }{&ValidateResponse{}, &LeaseResponse{}, &BurnResponse{}, &SyncResponse{}, &PullResponse{}}[kind%5]
+		m := []interface{ check() error }{&ValidateResponse{}, &LeaseResponse{}, &BurnResponse{}, &SyncResponse{}, &PullResponse{}, &SettledResponse{}}[kind%6]
 		if decode(in, m) == nil {
 			_ = m.check()
 		}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -230,22 +231,7 @@ func TestStrandedKeysEnd(t *testing.T) {
 		t.Fatalf("keys with a notice, after a crash of the master's node: %v", err)
 	}
 	key.WipeAll(ks)
-	await(t, "the others are stranded", func() error {
-		list, err := s.nodes[1].op.History(t.Context(), operator.HistoryQuery{Limit: 1000})
-		if err != nil {
-			return err
-		}
-		count := 0
-		for _, u := range list {
-			if u.State == "stranded" {
-				count += u.Count
-			}
-		}
-		if count != n/2 {
-			return fmt.Errorf("%d of %d keys are counted", count, n/2)
-		}
-		return nil
-	})
+	s.stranded(ids[n/2:], 1)
 	for _, id := range ids {
 		if _, err := b.GetKeyWithID(t.Context(), teOf(0), []key.ID{id}, 0); !notFound(err) {
 			t.Errorf("a stranded key: %v", err)
@@ -255,5 +241,81 @@ func TestStrandedKeysEnd(t *testing.T) {
 	s.pairsEqual(l)
 	for _, f := range l.list() {
 		t.Error(f)
+	}
+}
+
+// The keys that the slave's node lost in a crash before they were fetched are
+// counted, each of them once and by the owner; those fetched before are not.
+func TestCrashOfTheSlaveStrandsKeys(t *testing.T) {
+	t.Parallel()
+	const n = 20
+	s := newSite(t, 7, "intake_interval = \"50ms\"\nlease = 64\nnotice_ttl = \"8s\"\n")
+	s.nodes[0].never, s.nodes[1].never = lost, lost
+	s.up()
+	if err := s.feed(2000); err != nil {
+		t.Fatal(err)
+	}
+	s.supplying()
+	l := newLedger()
+	a, b := s.te(0), s.te(1)
+	ks, err := a.GetKey(t.Context(), teOf(1), n, 256)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ids := make([]key.ID, n)
+	for i, k := range ks {
+		ids[i] = k.ID
+	}
+	key.WipeAll(ks)
+	if ks, err = b.GetKeyWithID(t.Context(), teOf(0), ids[:n/2], 256); err != nil {
+		t.Fatal(err)
+	}
+	key.WipeAll(ks)
+	time.Sleep(2 * time.Second) // for a to learn of it: kms/ksa says what it cannot
+	if err := s.nodes[1].kill(); err != nil {
+		t.Fatal(err)
+	}
+	s.nodes[1].start()
+	s.stranded(ids[n/2:], 0)
+	for _, id := range ids {
+		if _, err := b.GetKeyWithID(t.Context(), teOf(0), []key.ID{id}, 0); !notFound(err) {
+			t.Errorf("a key that was fetched or lost: %v", err)
+		}
+	}
+	s.agree()
+	s.pairsEqual(l)
+	for _, f := range l.list() {
+		t.Error(f)
+	}
+}
+
+// stranded waits until node counts just the keys ids as stranded, each of them
+// once, and makes sure that none is counted later or by the other node.
+func (s *site) stranded(ids []key.ID, by int) {
+	s.t.Helper()
+	count := func(i, want int) error {
+		list, err := s.nodes[i].op.History(s.t.Context(), operator.HistoryQuery{Limit: 1000})
+		if err != nil {
+			return err
+		}
+		seen := map[key.ID]bool{}
+		for _, u := range list {
+			if u.State != "stranded" {
+				continue
+			}
+			if u.Key == nil || !slices.Contains(ids, *u.Key) || seen[*u.Key] {
+				return fmt.Errorf("%s counts what is not stranded, or twice: %+v", names[i], u)
+			}
+			seen[*u.Key] = true
+		}
+		if len(seen) != want {
+			return fmt.Errorf("%d keys are counted by %s, not %d", len(seen), names[i], want)
+		}
+		return nil
+	}
+	await(s.t, "the keys that nobody fetched are stranded", func() error { return count(by, len(ids)) })
+	time.Sleep(8 * time.Second) // more than an owner waits for the peer's word after its own expiry
+	if err := errors.Join(count(by, len(ids)), count(1-by, 0)); err != nil {
+		s.t.Error(err)
 	}
 }
