@@ -11,6 +11,26 @@ import (
 	"github.com/q-ipsec/q-ipsec/ike/vici/vicitest"
 )
 
+// everySuite is one child with every field for each suite of sad/xfrm, with and
+// without ESN, in the words of the configuration.
+func everySuite() []Child {
+	var all []Child
+	for _, suite := range []string{
+		"aes128gcm16", "aes192gcm16", "aes256gcm16", "chacha20poly1305", "aes128-sha256", "aes192-sha256", "aes256-sha256",
+		"aes128-sha384", "aes192-sha384", "aes256-sha384", "aes128-sha512", "aes192-sha512", "aes256-sha512",
+	} {
+		for _, esn := range []string{"esn", "noesn"} {
+			all = append(all, Child{
+				Name: suite + "-" + esn, LocalTS: []string{"2001:db8:1::/48"}, RemoteTS: []string{"2001:db8:2::/48"}, Proposals: []string{suite + "-x25519-" + esn},
+				Mode: "tunnel", RekeyPackets: 700, LifePackets: 900, ReplayWindow: 4096, Trap: true,
+				MarkIn: "0x1/0xff", MarkOut: "0x2/0xff", SetMarkIn: "0x3/0xffffffff", SetMarkOut: "0x0/0xf0",
+				IfIDIn: 7, IfIDOut: 0xfffffffd, NoCopyDF: true, NoCopyECN: true, CopyDSCP: "in",
+			})
+		}
+	}
+	return all
+}
+
 // The installed charon takes every field of every message.
 func TestRealCharon(t *testing.T) {
 	socket := vicitest.Real(t)
@@ -35,7 +55,7 @@ func TestRealCharon(t *testing.T) {
 	conn := Conn{
 		Name: "link", LocalAddrs: []string{"192.0.2.1"}, RemoteAddrs: []string{"192.0.2.2"},
 		Proposals: []string{"aes256gcm16-prfsha384-x25519", "aes256gcm16-prfsha384-ecp384"}, Unique: "replace",
-		RekeyTime: time.Hour, DPDDelay: 30 * time.Second, Encap: true, MOBIKE: true,
+		RekeyTime: time.Hour, ReauthTime: 2 * time.Hour, DPDDelay: 30 * time.Second, Encap: true, MOBIKE: true,
 		Local:  Auth{ID: "a.example", Certs: [][]byte{cert}},
 		Remote: Auth{ID: "b.example", Certs: [][]byte{cert}, CACerts: [][]byte{cert}},
 		Children: []Child{{
@@ -43,6 +63,7 @@ func TestRealCharon(t *testing.T) {
 			Mode: "tunnel", RekeyTime: 10 * time.Minute, LifeTime: time.Hour, RekeyBytes: 1 << 30, RekeyPackets: 1 << 20, ReplayWindow: 64,
 		}, {Name: "other", Mode: "transport"}},
 	}
+	conn.Children = append(conn.Children, everySuite()...)
 	for range 2 { // again: replaced
 		if err := c.LoadConn(ctx, conn); err != nil {
 			t.Fatal(err)

@@ -129,12 +129,17 @@ func TestLoadConn(t *testing.T) {
 	charon, c := dial(t)
 	err := c.LoadConn(t.Context(), Conn{
 		Name: "link", LocalAddrs: []string{"192.0.2.1"}, RemoteAddrs: []string{"192.0.2.2", "2001:db8::2"},
-		Proposals: []string{"p1", "p2"}, Unique: "replace", RekeyTime: time.Hour, DPDDelay: 30 * time.Second, MOBIKE: true,
+		Proposals: []string{"p1", "p2"}, Unique: "replace", RekeyTime: time.Hour, ReauthTime: 2 * time.Hour, DPDDelay: 30 * time.Second, MOBIKE: true,
 		Local:  Auth{ID: "a.example", Certs: [][]byte{[]byte("\x30\x82cert")}},
 		Remote: Auth{ID: "b.example", CACerts: [][]byte{[]byte("ca")}},
 		Children: []Child{
 			{Name: "z", LocalTS: []string{"10.1.0.0/24"}, RemoteTS: []string{"10.2.0.0/24"}, Proposals: []string{"e1"}, Mode: "tunnel", RekeyTime: 10 * time.Minute, LifeTime: time.Hour, ReplayWindow: 64},
 			{Name: "a", Mode: "transport", Trap: true, RekeyBytes: 50, LifeBytes: 90},
+			{
+				Name: "m", Mode: "tunnel", RekeyPackets: 700, LifePackets: 900, ReplayWindow: 4096,
+				MarkIn: "0x1/0xff", MarkOut: "0x2/0xff", SetMarkIn: "0x3/0xffffffff", SetMarkOut: "0x0/0xf0",
+				IfIDIn: 7, IfIDOut: 0xfffffffd, NoCopyDF: true, NoCopyECN: true, CopyDSCP: "in",
+			},
 		},
 	})
 	if err != nil {
@@ -147,7 +152,7 @@ func TestLoadConn(t *testing.T) {
 		vicitest.L("proposals", "p1", "p2"),
 		vicitest.V("unique", "replace"),
 		vicitest.V("rekey_time", "3600"),
-		vicitest.V("reauth_time", "0"),
+		vicitest.V("reauth_time", "7200"),
 		vicitest.V("dpd_delay", "30"),
 		vicitest.V("encap", "no"),
 		vicitest.V("mobike", "yes"),
@@ -156,11 +161,18 @@ func TestLoadConn(t *testing.T) {
 		vicitest.S(
 			"children",
 			vicitest.S("a", vicitest.V("mode", "transport"), vicitest.V("rekey_time", "0"), vicitest.V("rand_time", "0"),
-				vicitest.V("rekey_bytes", "50"), vicitest.V("rand_bytes", "5"), vicitest.V("life_bytes", "90"), vicitest.V("rekey_packets", "0"),
+				vicitest.V("rekey_bytes", "50"), vicitest.V("rand_bytes", "5"), vicitest.V("life_bytes", "90"), vicitest.V("rekey_packets", "0"), vicitest.V("rand_packets", "0"), vicitest.V("life_packets", "0"),
 				vicitest.V("start_action", "trap"), vicitest.V("close_action", "none"), vicitest.V("dpd_action", "clear")),
+			vicitest.S("m", vicitest.V("mode", "tunnel"), vicitest.V("rekey_time", "0"), vicitest.V("rand_time", "0"),
+				vicitest.V("rekey_bytes", "0"), vicitest.V("rand_bytes", "0"), vicitest.V("life_bytes", "0"),
+				vicitest.V("rekey_packets", "700"), vicitest.V("rand_packets", "70"), vicitest.V("life_packets", "900"),
+				vicitest.V("start_action", "none"), vicitest.V("close_action", "none"), vicitest.V("dpd_action", "clear"), vicitest.V("replay_window", "4096"),
+				vicitest.V("mark_in", "0x1/0xff"), vicitest.V("mark_out", "0x2/0xff"), vicitest.V("set_mark_in", "0x3/0xffffffff"), vicitest.V("set_mark_out", "0x0/0xf0"),
+				vicitest.V("if_id_in", "7"), vicitest.V("if_id_out", "4294967293"),
+				vicitest.V("copy_df", "no"), vicitest.V("copy_ecn", "no"), vicitest.V("copy_dscp", "in")),
 			vicitest.S("z", vicitest.L("local_ts", "10.1.0.0/24"), vicitest.L("remote_ts", "10.2.0.0/24"), vicitest.L("esp_proposals", "e1"),
 				vicitest.V("mode", "tunnel"), vicitest.V("rekey_time", "600"), vicitest.V("rand_time", "60"), vicitest.V("life_time", "3600"),
-				vicitest.V("rekey_bytes", "0"), vicitest.V("rand_bytes", "0"), vicitest.V("life_bytes", "0"), vicitest.V("rekey_packets", "0"),
+				vicitest.V("rekey_bytes", "0"), vicitest.V("rand_bytes", "0"), vicitest.V("life_bytes", "0"), vicitest.V("rekey_packets", "0"), vicitest.V("rand_packets", "0"), vicitest.V("life_packets", "0"),
 				vicitest.V("start_action", "none"), vicitest.V("close_action", "none"), vicitest.V("dpd_action", "clear"), vicitest.V("replay_window", "64")),
 		),
 	}

@@ -16,8 +16,8 @@ type Conn struct {
 	Name                    string
 	LocalAddrs, RemoteAddrs []string
 	Proposals               []string
-	Unique                  string // no, never, keep, replace
-	RekeyTime               time.Duration
+	Unique                  string        // no, never, keep, replace
+	RekeyTime, ReauthTime   time.Duration // 0: never
 	DPDDelay                time.Duration
 	Encap                   bool
 	MOBIKE                  bool
@@ -42,9 +42,14 @@ type Child struct {
 	RekeyTime                time.Duration // the latest; charon begins up to a tenth earlier, by chance
 	LifeTime                 time.Duration // 0: charon's default, a tenth above RekeyTime
 	RekeyBytes, RekeyPackets uint64
-	LifeBytes                uint64 // 0: no limit
+	LifeBytes, LifePackets   uint64 // 0: no limit
 	Trap                     bool   // install a trap policy: traffic brings the child up
 	ReplayWindow             uint32
+	MarkIn, MarkOut          string // VALUE/MASK; MarkIn is that of the inbound policies, not of the SA
+	SetMarkIn, SetMarkOut    string
+	IfIDIn, IfIDOut          uint32
+	NoCopyDF, NoCopyECN      bool
+	CopyDSCP                 string // out (charon's default), in, yes, no
 }
 
 type connMessage struct {
@@ -81,10 +86,21 @@ type childMessage struct {
 	RandBytes    string   `vici:"rand_bytes"`
 	LifeBytes    string   `vici:"life_bytes"`
 	RekeyPackets string   `vici:"rekey_packets"`
+	RandPackets  string   `vici:"rand_packets"`
+	LifePackets  string   `vici:"life_packets"`
 	StartAction  string   `vici:"start_action"`
 	CloseAction  string   `vici:"close_action"`
 	DPDAction    string   `vici:"dpd_action"`
 	ReplayWindow string   `vici:"replay_window"`
+	MarkIn       string   `vici:"mark_in"`
+	MarkOut      string   `vici:"mark_out"`
+	SetMarkIn    string   `vici:"set_mark_in"`
+	SetMarkOut   string   `vici:"set_mark_out"`
+	IfIDIn       string   `vici:"if_id_in"`
+	IfIDOut      string   `vici:"if_id_out"`
+	CopyDF       string   `vici:"copy_df"`
+	CopyECN      string   `vici:"copy_ecn"`
+	CopyDSCP     string   `vici:"copy_dscp"`
 }
 
 // message gives the argument of load-conn. Children are sent in the order of
@@ -97,7 +113,7 @@ func (c Conn) message() (*govici.Message, error) {
 		Version:    "2",
 		LocalAddrs: c.LocalAddrs, RemoteAddrs: c.RemoteAddrs,
 		Proposals: c.Proposals, Unique: c.Unique,
-		RekeyTime: seconds(c.RekeyTime), ReauthTime: "0", DPDDelay: seconds(c.DPDDelay),
+		RekeyTime: seconds(c.RekeyTime), ReauthTime: seconds(c.ReauthTime), DPDDelay: seconds(c.DPDDelay),
 		Encap: c.Encap, MOBIKE: c.MOBIKE,
 		Local: c.Local.part(), Remote: c.Remote.part(),
 	})
@@ -147,7 +163,12 @@ func (c Child) message() (*govici.Message, error) {
 		RandBytes:    strconv.FormatUint(c.RekeyBytes/10, 10),
 		LifeBytes:    strconv.FormatUint(c.LifeBytes, 10),
 		RekeyPackets: strconv.FormatUint(c.RekeyPackets, 10),
+		RandPackets:  strconv.FormatUint(c.RekeyPackets/10, 10),
+		LifePackets:  strconv.FormatUint(c.LifePackets, 10),
 		StartAction:  "none", CloseAction: "none", DPDAction: "clear",
+		ReplayWindow: unlessZero(c.ReplayWindow),
+		MarkIn:       c.MarkIn, MarkOut: c.MarkOut, SetMarkIn: c.SetMarkIn, SetMarkOut: c.SetMarkOut,
+		IfIDIn: unlessZero(c.IfIDIn), IfIDOut: unlessZero(c.IfIDOut), CopyDSCP: c.CopyDSCP,
 	}
 	if c.LifeTime > 0 {
 		m.LifeTime = seconds(c.LifeTime)
@@ -155,11 +176,22 @@ func (c Child) message() (*govici.Message, error) {
 	if c.Trap {
 		m.StartAction = "trap"
 	}
-	if c.ReplayWindow > 0 {
-		m.ReplayWindow = strconv.FormatUint(uint64(c.ReplayWindow), 10)
+	if c.NoCopyDF {
+		m.CopyDF = "no"
+	}
+	if c.NoCopyECN {
+		m.CopyECN = "no"
 	}
 	return govici.MarshalMessage(m)
 }
 
 // seconds is charon's text of a time; fractions are cut.
 func seconds(d time.Duration) string { return strconv.FormatInt(int64(d/time.Second), 10) }
+
+// unlessZero is n's text; none for 0, which leaves charon's default.
+func unlessZero(n uint32) string {
+	if n == 0 {
+		return ""
+	}
+	return strconv.FormatUint(uint64(n), 10)
+}
