@@ -654,7 +654,7 @@ func TestStockPeer(t *testing.T) {
 }
 
 func TestLimits(t *testing.T) {
-	p := newPair(t, func(c *Connection) { c.MaxKeyAge, c.MaxKeyBytes = time.Minute, 1000 })
+	p := newPair(t, func(c *Connection) { c.MaxKeyAge, c.MaxKeyBytes, c.MaxKeyPackets = time.Minute, 1000, 20 })
 	r := newTry(1, 2)
 	if err := p.a.sent(r, p.a.mustKey(1)); err != nil {
 		t.Fatal(err)
@@ -664,13 +664,13 @@ func TestLimits(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = b.install(true, func(m *plugin.AddSA) {
-		m.Lifetime = plugin.Lifetime{TimeLife: 4000, TimeRekey: 30, BytesLife: 0, BytesRekey: 0, PacketsLife: 9}
+		m.Lifetime = plugin.Lifetime{TimeLife: 4000, TimeRekey: 30, BytesLife: 0, BytesRekey: 0, PacketsLife: 90, PacketsRekey: 9}
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, sa := range p.b.sad.sas {
-		if want := (sad.Lifetime{TimeLife: 60, TimeRekey: 30, BytesLife: 1000, BytesRekey: 900, PacketsLife: 9}); sa.Lifetime != want {
+		if want := (sad.Lifetime{TimeLife: 60, TimeRekey: 30, BytesLife: 1000, BytesRekey: 900, PacketsLife: 20, PacketsRekey: 9}); sa.Lifetime != want {
 			t.Errorf("%+v, want %+v", sa.Lifetime, want)
 		}
 	}

@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"net/netip"
 	"regexp"
+	"slices"
 	"time"
 
 	"github.com/q-ipsec/q-ipsec/ike/plugin"
 	"github.com/q-ipsec/q-ipsec/kms/key"
+	"github.com/q-ipsec/q-ipsec/sad"
 )
 
 // Policy says whether a connection may run without a quantum key. The zero
@@ -74,6 +76,7 @@ type Connection struct {
 	Proposals               []string
 	Unique                  string        // no (default), never, keep, replace
 	IKERekeyTime            time.Duration // 4 h
+	ReauthTime              time.Duration // of the IKE_SA; zero: never
 	DPDDelay                time.Duration // 30 s
 	Encap, MOBIKE           bool
 	Children                []Child
@@ -84,8 +87,9 @@ type Connection struct {
 	Mix               Mix
 	MinClass          key.Class // derived when zero
 	AllowRelayedOnly  bool      // lets Mix QKDOnly use keys that are not direct
-	MaxKeyAge         time.Duration
-	MaxKeyBytes       uint64 // hard limits of each SA; zero: charon's only
+	// Hard limits of each SA; zero: charon's only.
+	MaxKeyAge                  time.Duration
+	MaxKeyBytes, MaxKeyPackets uint64
 }
 
 // Child is one CHILD_SA of a Connection.
@@ -97,7 +101,16 @@ type Child struct {
 	Start             StartAction
 	RekeyTime         time.Duration // 1 h; MaxKeyAge lowers it
 	RekeyBytes        uint64
-	ReplayWindow      uint32 // packets; zero: charon's
+	RekeyPackets      uint64
+	ReplayWindow      uint32 // packets, at most 4096; zero: charon's
+	// Of the packets that the policies take (and, outbound, of the SA): zero is any.
+	MarkIn, MarkOut sad.Mark
+	// Put on each packet after decryption and after encryption; zero: none.
+	SetMarkIn, SetMarkOut sad.Mark
+	IfIDIn, IfIDOut       uint32 // of an XFRM interface; zero: none
+	// Fields of the inner and outer header in tunnel mode.
+	NoCopyDF, NoCopyECN bool
+	CopyDSCP            string // out (default), in, yes, no
 }
 
 // Defaults of a Connection.
@@ -111,6 +124,9 @@ const (
 	defaultDPD      = 30 * time.Second
 	defaultRekey    = time.Hour
 	minKeyAge       = 10 * time.Second
+
+	maxReplayWindow = 4096       // the kernel's XFRMA_REPLAY_ESN_MAX
+	charonUnique    = 0xfffffffe // charon takes marks and interface ids from here up for its %unique words
 )
 
 var (
@@ -165,6 +181,9 @@ func (c Connection) Validate() error {
 			bad("local_sae and peer_sae are the same")
 		}
 	}
+	if c.ReauthTime < 0 {
+		bad("reauthentication time %s is negative", c.ReauthTime)
+	}
 	if c.MaxKeyAge < 0 || c.MaxKeyAge > 0 && c.MaxKeyAge < minKeyAge {
 		bad("max_key_age %s is below %s", c.MaxKeyAge, minKeyAge)
 	}
@@ -177,11 +196,47 @@ func (c Connection) Validate() error {
 			bad("child name %q is not [A-Za-z0-9._-]{1,32} or is used twice", ch.Name)
 		}
 		seen[ch.Name] = true
-		if ch.RekeyTime < 0 || ch.Start > StartTrap {
-			bad("child %s: rekey time or start action is out of range", ch.Name)
+		for _, fault := range ch.faults(c) {
+			bad("child %s: %w", ch.Name, fault)
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// faults is all that is wrong with one child of c but its name.
+func (ch Child) faults(c Connection) (errs []error) {
+	bad := func(format string, a ...any) { errs = append(errs, fmt.Errorf(format, a...)) }
+	if ch.RekeyTime < 0 || ch.Start > StartTrap {
+		bad("rekey time or start action is out of range")
+	}
+	if ch.ReplayWindow > maxReplayWindow {
+		bad("replay window %d is above the kernel's %d packets", ch.ReplayWindow, maxReplayWindow)
+	}
+	for _, m := range []struct {
+		name string
+		mark sad.Mark
+	}{{"mark_in", ch.MarkIn}, {"mark_out", ch.MarkOut}, {"set_mark_in", ch.SetMarkIn}, {"set_mark_out", ch.SetMarkOut}} {
+		if m.mark.Value&^m.mark.Mask != 0 || m.mark.Value >= charonUnique {
+			bad("%s %s: the value has bits outside its mask, or is one that charon replaces", m.name, markText(m.mark))
+		}
+	}
+	if ch.IfIDIn >= charonUnique || ch.IfIDOut >= charonUnique {
+		bad("interface ids %#x and up are replaced by charon", uint32(charonUnique))
+	}
+	switch ch.CopyDSCP {
+	case "", "out", "in", "yes", "no":
+	default:
+		bad("copy_dscp %q is none of out, in, yes, no", ch.CopyDSCP)
+	}
+	if ch.Transport && !(hostsOf(ch.LocalTS, c.LocalAddrs) && hostsOf(ch.RemoteTS, c.RemoteAddrs)) {
+		bad("transport mode with selectors that are not the two ends' own addresses: charon would take tunnel mode without a word")
+	}
+	return errs
+}
+
+// hostsOf tells whether each selector is one of the addresses.
+func hostsOf(ts []netip.Prefix, addrs []netip.Addr) bool {
+	return !slices.ContainsFunc(ts, func(p netip.Prefix) bool { return !p.IsSingleIP() || !slices.Contains(addrs, p.Addr()) })
 }
 
 // wirePolicy is the policy in the plugin's terms.

@@ -176,6 +176,7 @@ func saOf(e *bound, m plugin.AddSA) sad.SA {
 	l := &sa.Lifetime
 	limit(&l.TimeLife, &l.TimeRekey, uint64(e.conn.MaxKeyAge/time.Second))
 	limit(&l.BytesLife, &l.BytesRekey, e.conn.MaxKeyBytes)
+	limit(&l.PacketsLife, &l.PacketsRekey, e.conn.MaxKeyPackets)
 	if len(m.SrcTS) > 0 {
 		sa.SrcTS = m.SrcTS[0].Prefix()
 	}

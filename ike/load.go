@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/q-ipsec/q-ipsec/ike/vici"
+	"github.com/q-ipsec/q-ipsec/sad"
 )
 
 // maxCredential is the largest certificate or key file that is read, in bytes.
@@ -40,7 +41,7 @@ func viciConn(c Connection) (vici.Conn, error) {
 	v := vici.Conn{
 		Name: c.Name, LocalAddrs: texts(c.LocalAddrs), RemoteAddrs: texts(c.RemoteAddrs),
 		Proposals: or(c.Proposals, defaultIKEProposals), Unique: c.Unique,
-		RekeyTime: c.IKERekeyTime, DPDDelay: c.DPDDelay, Encap: c.Encap, MOBIKE: c.MOBIKE,
+		RekeyTime: c.IKERekeyTime, ReauthTime: c.ReauthTime, DPDDelay: c.DPDDelay, Encap: c.Encap, MOBIKE: c.MOBIKE,
 		Local: vici.Auth{ID: c.LocalID}, Remote: vici.Auth{ID: c.RemoteID},
 	}
 	if v.RekeyTime == 0 {
@@ -71,8 +72,12 @@ func viciChild(c Connection, ch Child) vici.Child {
 	v := vici.Child{
 		Name: ch.Name, LocalTS: texts(ch.LocalTS), RemoteTS: texts(ch.RemoteTS),
 		Proposals: or(ch.Proposals, defaultESPProposals), Mode: "tunnel",
-		RekeyTime: ch.RekeyTime, RekeyBytes: ch.RekeyBytes, LifeBytes: c.MaxKeyBytes,
+		RekeyTime: ch.RekeyTime, LifeBytes: c.MaxKeyBytes, LifePackets: c.MaxKeyPackets,
+		RekeyBytes: softLimit(ch.RekeyBytes, c.MaxKeyBytes), RekeyPackets: softLimit(ch.RekeyPackets, c.MaxKeyPackets),
 		Trap: ch.Start == StartTrap, ReplayWindow: ch.ReplayWindow,
+		MarkIn: markText(ch.MarkIn), MarkOut: markText(ch.MarkOut), SetMarkIn: markText(ch.SetMarkIn), SetMarkOut: markText(ch.SetMarkOut),
+		IfIDIn: ch.IfIDIn, IfIDOut: ch.IfIDOut,
+		NoCopyDF: ch.NoCopyDF, NoCopyECN: ch.NoCopyECN, CopyDSCP: ch.CopyDSCP,
 	}
 	if ch.Transport {
 		v.Mode = "transport"
@@ -85,10 +90,23 @@ func viciChild(c Connection, ch Child) vici.Child {
 		v.LifeTime = c.MaxKeyAge
 		v.RekeyTime = min(v.RekeyTime, c.MaxKeyAge-c.MaxKeyAge/5)
 	}
-	if c.MaxKeyBytes > 0 && (v.RekeyBytes == 0 || v.RekeyBytes > c.MaxKeyBytes) {
-		v.RekeyBytes = c.MaxKeyBytes - c.MaxKeyBytes/5
-	}
 	return v
+}
+
+// softLimit is the count at which an SA with a hard limit is rekeyed; 0 is none.
+func softLimit(soft, hard uint64) uint64 {
+	if hard > 0 && (soft == 0 || soft >= hard) {
+		return hard - hard/5
+	}
+	return soft
+}
+
+// markText is a mark as charon reads it; "" for none.
+func markText(m sad.Mark) string {
+	if m == (sad.Mark{}) {
+		return ""
+	}
+	return fmt.Sprintf("%#x/%#x", m.Value, m.Mask)
 }
 
 // readPrivate reads a private key, whose file must be closed to others; the

@@ -1,8 +1,15 @@
 package ike
 
 import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
 	"testing"
 	"time"
+
+	"github.com/q-ipsec/q-ipsec/ike/vici"
+	"github.com/q-ipsec/q-ipsec/sad"
 )
 
 // Whatever the limits, charon is told to rekey before the SA ends, at the
@@ -21,10 +28,64 @@ func TestChildLimits(t *testing.T) {
 		"soft bytes":    {Connection{}, Child{RekeyBytes: 500}, hour, 0, 500, 0},
 		"both bytes":    {Connection{MaxKeyBytes: 5000}, Child{RekeyBytes: 500}, hour, 0, 500, 5000},
 		"hard bytes":    {Connection{MaxKeyBytes: 5000}, Child{}, hour, 0, 4000, 5000},
+		"equal bytes":   {Connection{MaxKeyBytes: 5000}, Child{RekeyBytes: 5000}, hour, 0, 4000, 5000},
 	} {
 		v := viciChild(c.conn, c.child)
 		if v.RekeyTime != c.rekey || v.LifeTime != c.life || v.RekeyBytes != c.rekeyBytes || v.LifeBytes != c.lifeBytes {
 			t.Errorf("%s: %+v", name, v)
 		}
+		// Packets are limited as bytes are.
+		c.conn.MaxKeyBytes, c.conn.MaxKeyPackets = 0, c.conn.MaxKeyBytes
+		c.child.RekeyBytes, c.child.RekeyPackets = 0, c.child.RekeyBytes
+		if v := viciChild(c.conn, c.child); v.RekeyPackets != c.rekeyBytes || v.LifePackets != c.lifeBytes || v.RekeyBytes != 0 || v.LifeBytes != 0 {
+			t.Errorf("%s, in packets: %+v", name, v)
+		}
+	}
+}
+
+// Every field of a Connection reaches charon in its own place.
+func TestViciConn(t *testing.T) {
+	dir := t.TempDir()
+	c := Connection{
+		Name: "link", LocalAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, RemoteAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.2")},
+		LocalID: "a.example", RemoteID: "b.example",
+		LocalCert: filepath.Join(dir, "cert"), RemoteCA: filepath.Join(dir, "ca"), RemoteCert: filepath.Join(dir, "peer"),
+		Proposals: []string{"p"}, Unique: "keep", IKERekeyTime: time.Hour, ReauthTime: 2 * time.Hour, DPDDelay: 9 * time.Second, Encap: true, MOBIKE: true,
+		MaxKeyAge: 10 * time.Minute, MaxKeyBytes: 5000, MaxKeyPackets: 500,
+		Children: []Child{{
+			Name: "net", LocalTS: []netip.Prefix{netip.MustParsePrefix("2001:db8:1::/48")}, RemoteTS: []netip.Prefix{netip.MustParsePrefix("2001:db8:2::/48")},
+			Proposals: []string{"e"}, Start: StartTrap, RekeyTime: time.Minute, RekeyBytes: 4999, RekeyPackets: 499, ReplayWindow: 4096,
+			MarkIn: sad.Mark{Value: 1, Mask: 0xff}, MarkOut: sad.Mark{Mask: 0xf}, SetMarkIn: sad.Mark{Value: 3, Mask: 0xffffffff}, SetMarkOut: sad.Mark{Value: 4, Mask: 4},
+			IfIDIn: 5, IfIDOut: 6, NoCopyDF: true, NoCopyECN: true, CopyDSCP: "no",
+		}, {Name: "host", Transport: true}},
+	}
+	for _, path := range []string{c.LocalCert, c.RemoteCA, c.RemoteCert} {
+		if err := os.WriteFile(path, []byte(filepath.Base(path)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := vici.Conn{
+		Name: "link", LocalAddrs: []string{"192.0.2.1"}, RemoteAddrs: []string{"192.0.2.2"}, Proposals: []string{"p"}, Unique: "keep",
+		RekeyTime: time.Hour, ReauthTime: 2 * time.Hour, DPDDelay: 9 * time.Second, Encap: true, MOBIKE: true,
+		Local:  vici.Auth{ID: "a.example", Certs: [][]byte{[]byte("cert")}},
+		Remote: vici.Auth{ID: "b.example", Certs: [][]byte{[]byte("peer")}, CACerts: [][]byte{[]byte("ca")}},
+		Children: []vici.Child{{
+			Name: "net", LocalTS: []string{"2001:db8:1::/48"}, RemoteTS: []string{"2001:db8:2::/48"}, Proposals: []string{"e"}, Mode: "tunnel",
+			RekeyTime: time.Minute, LifeTime: 10 * time.Minute, RekeyBytes: 4999, LifeBytes: 5000, RekeyPackets: 499, LifePackets: 500, Trap: true, ReplayWindow: 4096,
+			MarkIn: "0x1/0xff", MarkOut: "0x0/0xf", SetMarkIn: "0x3/0xffffffff", SetMarkOut: "0x4/0x4",
+			IfIDIn: 5, IfIDOut: 6, NoCopyDF: true, NoCopyECN: true, CopyDSCP: "no",
+		}, {
+			Name: "host", Proposals: defaultESPProposals, Mode: "transport",
+			RekeyTime: 8 * time.Minute, LifeTime: 10 * time.Minute, RekeyBytes: 4000, LifeBytes: 5000, RekeyPackets: 400, LifePackets: 500,
+		}},
+	}
+	if got, err := viciConn(c); err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("%v\ngot  %+v\nwant %+v", err, got, want)
+	}
+	if err := os.Remove(c.RemoteCA); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := viciConn(c); err == nil {
+		t.Error("loaded without the CA's certificate")
 	}
 }
