@@ -143,6 +143,19 @@ func TestFaults(t *testing.T) {
 		"half of all":       {[][2]string{{`["10.1.0.0/24"]`, `["128.0.0.0/1"]`}}, "ipsec.connection[0].child[0].local_ts[0]"},
 		"key outlived":      {[][2]string{{`# rekey_time = "10m"`, `rekey_time = "1h"`}}, "ipsec.connection[0].child[0].rekey_time"},
 		"bytes outlived":    {[][2]string{{"# max_key_bytes = 0", "max_key_bytes = 1000"}, {"# rekey_bytes = 0", "rekey_bytes = 1000"}}, "ipsec.connection[0].child[0].rekey_bytes"},
+		"packets outlived":  {[][2]string{{"# max_key_packets = 0", "max_key_packets = 1000"}, {"# rekey_packets = 0", "rekey_packets = 1000"}}, "ipsec.connection[0].child[0].rekey_packets"},
+		"counts":            {[][2]string{{"# max_key_packets = 0", "max_key_packets = -1"}, {"# rekey_packets = 0", "rekey_packets = -1"}, {"# if_id_in = 0", "if_id_in = 0xfffffffe"}, {"# if_id_out = 0", "if_id_out = -1"}}, "ipsec.connection[0].max_key_packets ipsec.connection[0].child[0].rekey_packets ipsec.connection[0].child[0].if_id_in ipsec.connection[0].child[0].if_id_out"},
+		"reauth":            {[][2]string{{`# reauth_time = "0s"`, `reauth_time = "59s"`}}, "ipsec.connection[0].reauth_time"},
+		"window too large":  {[][2]string{{"# replay_window = 128", "replay_window = 4097"}}, "ipsec.connection[0].child[0].replay_window"},
+		"no window":         {[][2]string{{"# replay_window = 128", "replay_window = 0"}}, "ipsec.connection[0].child[0].replay_window"},
+		"marks":             {[][2]string{{`# mark_in = ""`, `mark_in = "0x10/0xf"`}, {`# mark_out = ""`, `mark_out = "%unique"`}, {`# set_mark_in = ""`, `set_mark_in = "1/2/3"`}, {`# set_mark_out = ""`, `set_mark_out = "4294967295"`}}, "ipsec.connection[0].child[0].mark_in ipsec.connection[0].child[0].mark_out ipsec.connection[0].child[0].set_mark_in ipsec.connection[0].child[0].set_mark_out"},
+		"dscp":              {[][2]string{{`# copy_dscp = "out"`, `copy_dscp = "both"`}}, "ipsec.connection[0].child[0].copy_dscp"},
+		"not configurable":  {[][2]string{{"# copy_df = true", "ipcomp = true\nhw_offload = \"yes\"\nlabel = \"x\""}}, "ipsec.connection.child.ipcomp ipsec.connection.child.hw_offload ipsec.connection.child.label"},
+		"transport nets":    {[][2]string{{`# mode = "tunnel"`, `mode = "transport"`}}, "ipsec.connection[0].child[0].local_ts ipsec.connection[0].child[0].remote_ts"},
+		"transport header":  {[][2]string{{`# mode = "tunnel"`, `mode = "transport"`}, {`["10.1.0.0/24"]`, `["192.0.2.1/32"]`}, {`["10.2.0.0/24"]`, `["192.0.2.2/32"]`}, {"# copy_df = true", "copy_df = true"}, {"# copy_ecn = true", "copy_ecn = false"}, {`# copy_dscp = "out"`, `copy_dscp = "no"`}}, "ipsec.connection[0].child[0].copy_df ipsec.connection[0].child[0].copy_ecn ipsec.connection[0].child[0].copy_dscp"},
+		"transport":         {[][2]string{{`# mode = "tunnel"`, `mode = "transport"`}, {`["10.1.0.0/24"]`, `["192.0.2.1/32"]`}, {`["10.2.0.0/24"]`, `["192.0.2.2/32"]`}}, ""},
+		"4 in 6":            {[][2]string{{`local_addr = "192.0.2.1"`, `local_addr = "2001:db8::1"`}, {`remote_addr = "192.0.2.2"`, `remote_addr = "2001:db8::2"`}}, ""},
+		"6 in 4":            {[][2]string{{`["10.1.0.0/24"]`, `["2001:db8:1::/48", "10.1.0.0/24"]`}, {`["10.2.0.0/24"]`, `["2001:db8:2::/48", "10.2.0.0/24"]`}}, ""},
 		"start":             {[][2]string{{`start = "now"`, `start = "later"`}}, "ipsec.connection[0].child[0].start"},
 		"long socket":       {[][2]string{{`# socket = "/run`, `socket = "/run` + strings.Repeat("/long", 22)}}, "operator.socket"},
 	} {
@@ -169,6 +182,77 @@ func TestFaults(t *testing.T) {
 				t.Errorf("faults in %q, want %q\n%v", got, c.fields, err)
 			}
 		})
+	}
+}
+
+// Every key of an SA arrives in its own place.
+func TestChildKeys(t *testing.T) {
+	text := sample(t)
+	for _, ch := range [][2]string{
+		{"# max_key_bytes = 0", "max_key_bytes = 5000"},
+		{"# max_key_packets = 0", "max_key_packets = 4000"},
+		{`# reauth_time = "0s"`, `reauth_time = "1m"`},
+		{"# encap = false", "encap = true"},
+		{`start = "now"`, `start = "trap"`},
+		{"# rekey_bytes = 0", "rekey_bytes = 50"},
+		{"# rekey_packets = 0", "rekey_packets = 40"},
+		{"# replay_window = 128", "replay_window = 4096"},
+		{"# esp_proposals = []", `esp_proposals = ["aes128-sha256-x25519-esn"]`},
+		{`# mark_in = ""`, `mark_in = "0x10/0xff"`},
+		{`# mark_out = ""`, `mark_out = "0/0xff"`},
+		{`# set_mark_in = ""`, `set_mark_in = "42"`},
+		{`# set_mark_out = ""`, `set_mark_out = "0xfffffffd"`},
+		{"# if_id_in = 0", "if_id_in = 0xfffffffd"},
+		{"# if_id_out = 0", "if_id_out = 7"},
+		{"# copy_df = true", "copy_df = false"},
+		{"# copy_ecn = true", "copy_ecn = false"},
+		{`# copy_dscp = "out"`, `copy_dscp = "in"`},
+	} {
+		if !strings.Contains(text, ch[0]) {
+			t.Fatalf("the sample has no %q", ch[0])
+		}
+		text = strings.Replace(text, ch[0], ch[1], 1)
+	}
+	n, err := ParseNode("f", "/", []byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := n.IPsec.Connection[0]
+	one, err := ParseNode("f", "/", []byte(strings.Replace(text, "copy_ecn = false", "copy_ecn = true", 1)))
+	if err != nil || !one.IPsec.Connection[0].Children[0].CopyECN || one.IPsec.Connection[0].Children[0].CopyDF {
+		t.Errorf("copy_ecn alone: %+v, %v", one, err)
+	}
+	want := Child{
+		Name: "a-b-net", LocalTS: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")}, RemoteTS: []netip.Prefix{netip.MustParsePrefix("10.2.0.0/24")},
+		ESPProposals: []string{"aes128-sha256-x25519-esn"}, Start: StartTrap, RekeyTime: 10 * time.Minute, RekeyBytes: 50, RekeyPackets: 40, ReplayWindow: 4096,
+		MarkIn: Mark{0x10, 0xff}, MarkOut: Mark{0, 0xff}, SetMarkIn: Mark{42, 0xffffffff}, SetMarkOut: Mark{0xfffffffd, 0xffffffff},
+		IfIDIn: 0xfffffffd, IfIDOut: 7, CopyDSCP: DSCPIn,
+	}
+	if !reflect.DeepEqual(c.Children[0], want) {
+		t.Errorf("got  %+v\nwant %+v", c.Children[0], want)
+	}
+	if c.MaxKeyBytes != 5000 || c.MaxKeyPackets != 4000 || c.ReauthTime != time.Minute || !c.Encap {
+		t.Errorf("%+v", c)
+	}
+}
+
+func TestParseMark(t *testing.T) {
+	for text, want := range map[string]string{
+		"":             "want VALUE/MASK",
+		"/0xff":        "want VALUE/MASK",
+		"1/":           "want VALUE/MASK",
+		"0x100000000":  "want VALUE/MASK",
+		"-1":           "want VALUE/MASK",
+		"1 / 1":        "want VALUE/MASK",
+		"%same":        "want VALUE/MASK",
+		"0/0":          "no bit",
+		"0x12/0xf":     "0x10",
+		"0xfffffffe":   "at most 0xfffffffd",
+		"0xffffffff/0": "no bit",
+	} {
+		if m, err := parseMark(text); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v, %v, want %q", text, m, err, want)
+		}
 	}
 }
 

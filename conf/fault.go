@@ -117,13 +117,15 @@ func span(lo, hi time.Duration) func(string) (time.Duration, error) {
 	}
 }
 
-// number gives the value of an integer field between lo and hi, def if absent.
+// number gives the value of an integer field between lo and hi, def if absent
+// or at fault.
 func (r *reader) number(field string, v *int64, def, lo, hi int64) int64 {
 	if v == nil {
 		return def
 	}
 	if *v < lo || *v > hi {
 		r.fault(field, "%d: want %d to %d", *v, lo, hi)
+		return def
 	}
 	return *v
 }

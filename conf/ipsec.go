@@ -1,11 +1,13 @@
 package conf
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"net/url"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -139,12 +141,14 @@ func (r *reader) connection(at string, raw *rawConnection, children map[string]s
 		AllowRelayedOnly: raw.AllowRelayedOnly,
 		MaxKeyAge:        parse(r, at+"max_key_age", raw.MaxKeyAge, defaultMaxKeyAge, span(10*time.Second, 24*time.Hour)),
 		MaxKeyBytes:      uint64(r.number(at+"max_key_bytes", raw.MaxKeyBytes, 0, 0, 1<<62)),
+		MaxKeyPackets:    uint64(r.number(at+"max_key_packets", raw.MaxKeyPackets, 0, 0, 1<<62)),
 		LocalAddr:        need(r, at+"local_addr", raw.LocalAddr, address),
 		RemoteAddr:       need(r, at+"remote_addr", raw.RemoteAddr, address),
 		LocalID:          need(r, at+"local_id", raw.LocalID, checked(identity)),
 		RemoteID:         need(r, at+"remote_id", raw.RemoteID, checked(identity)),
 		Proposals:        r.words(at+"proposals", raw.Proposals),
 		RekeyTime:        parse(r, at+"rekey_time", raw.RekeyTime, defaultIKERekey, span(10*time.Second, 7*24*time.Hour)),
+		ReauthTime:       parse(r, at+"reauth_time", raw.ReauthTime, 0, span(0, 7*24*time.Hour)),
 		DPDDelay:         parse(r, at+"dpd_delay", raw.DPDDelay, defaultDPD, span(0, time.Hour)),
 		MOBIKE:           raw.MOBIKE, Encap: raw.Encap,
 	}
@@ -171,6 +175,9 @@ func (r *reader) connection(at string, raw *rawConnection, children map[string]s
 	if c.LocalAddr.IsValid() && c.RemoteAddr.IsValid() && c.LocalAddr.Is4() != c.RemoteAddr.Is4() {
 		r.fault(at+"remote_addr", "%v and %v are of different families", c.LocalAddr, c.RemoteAddr)
 	}
+	if c.ReauthTime > 0 && c.ReauthTime < minReauth {
+		r.fault(at+"reauth_time", "%v: want at least %v, because each takes the tunnel down for a moment; 0s is never", c.ReauthTime, minReauth)
+	}
 	if len(raw.Child) == 0 {
 		r.fault(at+"child", "is missing: a connection protects nothing without one")
 	}
@@ -192,8 +199,25 @@ func (r *reader) child(at string, raw *rawChild, c *Connection) Child {
 		Transport:    parse(r, at+"mode", raw.Mode, "tunnel", oneOf("tunnel", "transport")) == "transport",
 		RekeyTime:    parse(r, at+"rekey_time", raw.RekeyTime, min(defaultChildRekey, c.MaxKeyAge/2), span(time.Second, 24*time.Hour)),
 		RekeyBytes:   uint64(r.number(at+"rekey_bytes", raw.RekeyBytes, 0, 0, 1<<62)),
+		RekeyPackets: uint64(r.number(at+"rekey_packets", raw.RekeyPackets, 0, 0, 1<<62)),
 		Start:        parse(r, at+"start", raw.Start, StartNone, oneOf(StartNone, StartNow, StartTrap)),
-		ReplayWindow: int(r.number(at+"replay_window", raw.ReplayWindow, defaultReplayWindow, 0, 4096)),
+		MarkIn:       parse(r, at+"mark_in", raw.MarkIn, Mark{}, parseMark),
+		MarkOut:      parse(r, at+"mark_out", raw.MarkOut, Mark{}, parseMark),
+		SetMarkIn:    parse(r, at+"set_mark_in", raw.SetMarkIn, Mark{}, parseMark),
+		SetMarkOut:   parse(r, at+"set_mark_out", raw.SetMarkOut, Mark{}, parseMark),
+		IfIDIn:       uint32(r.number(at+"if_id_in", raw.IfIDIn, 0, 0, maxForCharon)),
+		IfIDOut:      uint32(r.number(at+"if_id_out", raw.IfIDOut, 0, 0, maxForCharon)),
+		ReplayWindow: defaultReplayWindow,
+		CopyDF:       raw.CopyDF == nil || *raw.CopyDF,
+		CopyECN:      raw.CopyECN == nil || *raw.CopyECN,
+		CopyDSCP:     parse(r, at+"copy_dscp", raw.CopyDSCP, DSCPOut, oneOf(DSCPOut, DSCPIn, DSCPBoth, DSCPNo)),
+	}
+	if w := raw.ReplayWindow; w != nil && *w > maxReplayWindow {
+		r.fault(at+"replay_window", "%d: the kernel keeps at most %d packets in view", *w, maxReplayWindow)
+	} else if w != nil && *w < 1 {
+		r.fault(at+"replay_window", "%d: without a window packets could be replayed; want 1 to %d", *w, maxReplayWindow)
+	} else if w != nil {
+		ch.ReplayWindow = int(*w)
 	}
 	if ch.RekeyTime >= c.MaxKeyAge && c.MaxKeyAge > 0 {
 		r.fault(at+"rekey_time", "%v is not below max_key_age, %v: the tunnel would stop before it is rekeyed", ch.RekeyTime, c.MaxKeyAge)
@@ -201,10 +225,64 @@ func (r *reader) child(at string, raw *rawChild, c *Connection) Child {
 	if c.MaxKeyBytes > 0 && ch.RekeyBytes >= c.MaxKeyBytes {
 		r.fault(at+"rekey_bytes", "%d is not below max_key_bytes, %d", ch.RekeyBytes, c.MaxKeyBytes)
 	}
+	if c.MaxKeyPackets > 0 && ch.RekeyPackets >= c.MaxKeyPackets {
+		r.fault(at+"rekey_packets", "%d is not below max_key_packets, %d", ch.RekeyPackets, c.MaxKeyPackets)
+	}
+	if ch.Transport {
+		r.transport(at, raw, ch, c)
+	}
 	if len(ch.LocalTS) > 0 && len(ch.RemoteTS) > 0 && !sameFamilies(ch.LocalTS, ch.RemoteTS) {
 		r.fault(at+"remote_ts", "has an address family that local_ts has not, or the other way round")
 	}
 	return ch
+}
+
+// transport refuses what transport mode does not have. charon would fall back
+// to tunnel mode without a word where a selector is more than the end itself.
+func (r *reader) transport(at string, raw *rawChild, ch Child, c *Connection) {
+	own := func(field string, ts []netip.Prefix, end netip.Addr) {
+		if end.IsValid() && slices.ContainsFunc(ts, func(p netip.Prefix) bool { return p != netip.PrefixFrom(end, end.BitLen()) }) {
+			r.fault(at+field, "transport mode joins the two gateways themselves: want %v/%d alone", end, end.BitLen())
+		}
+	}
+	own("local_ts", ch.LocalTS, c.LocalAddr)
+	own("remote_ts", ch.RemoteTS, c.RemoteAddr)
+	for _, f := range []struct {
+		name string
+		set  bool
+	}{{"copy_df", raw.CopyDF != nil}, {"copy_ecn", raw.CopyECN != nil}, {"copy_dscp", raw.CopyDSCP != ""}} {
+		if f.set {
+			r.fault(at+f.name, "means nothing in transport mode: there is one IP header")
+		}
+	}
+}
+
+const (
+	maxReplayWindow = 4096 // the kernel's XFRMA_REPLAY_ESN_MAX
+	minReauth       = time.Minute
+	maxForCharon    = 0xfffffffd // charon takes the two marks and interface ids above for its %unique words
+)
+
+// parseMark reads VALUE or VALUE/MASK, each as C writes numbers. A mask that is
+// left out is all bits.
+func parseMark(s string) (Mark, error) {
+	v, mask, given := strings.Cut(s, "/")
+	if !given {
+		mask = "0xffffffff"
+	}
+	value, err1 := strconv.ParseUint(v, 0, 32)
+	bits, err2 := strconv.ParseUint(mask, 0, 32)
+	switch {
+	case err1 != nil || err2 != nil:
+		return Mark{}, errors.New("want VALUE/MASK of 32 bits each, such as 0x10/0xff")
+	case bits == 0:
+		return Mark{}, errors.New("the mask has no bit; leave the key out where no mark is meant")
+	case value&^bits != 0:
+		return Mark{}, fmt.Errorf("the value has bits that the mask has not: %#x", value&^bits)
+	case value > maxForCharon:
+		return Mark{}, fmt.Errorf("charon would choose a mark of its own: want at most %#x", maxForCharon)
+	}
+	return Mark{Value: uint32(value), Mask: uint32(bits)}, nil
 }
 
 func (r *reader) prefixes(field string, text []string) []netip.Prefix {

@@ -148,13 +148,14 @@ type Connection struct {
 	Mix               Mix
 	MinClass          key.Class // keys of a lesser class are refused
 	AllowRelayedOnly  bool      // lets Mix QKD use relayed keys
-	MaxKeyAge         time.Duration
-	MaxKeyBytes       uint64 // hard limit of one SA; 0: none
+	// Hard limits of one SA; a count of 0: none.
+	MaxKeyAge                  time.Duration
+	MaxKeyBytes, MaxKeyPackets uint64
 
 	LocalAddr, RemoteAddr netip.Addr
 	LocalID, RemoteID     string // IKE identities; RemoteID is the one bound to PeerSAE
 	Proposals             []string
-	RekeyTime             time.Duration // of the IKE_SA
+	RekeyTime, ReauthTime time.Duration // of the IKE_SA; a ReauthTime of 0: never
 	DPDDelay              time.Duration
 	MOBIKE, Encap         bool
 	Children              []Child
@@ -179,5 +180,27 @@ type Child struct {
 	Start             Start
 	RekeyTime         time.Duration // of the CHILD_SA: a fresh quantum key each time
 	RekeyBytes        uint64        // likewise; 0: none
+	RekeyPackets      uint64        // likewise
 	ReplayWindow      int           // packets
+
+	MarkIn, MarkOut       Mark   // of the packets that are protected; zero: any
+	SetMarkIn, SetMarkOut Mark   // put on packets after decryption, after encryption; zero: none
+	IfIDIn, IfIDOut       uint32 // of an XFRM interface; 0: none
+	// What tunnel mode copies between the inner and the outer header.
+	CopyDF, CopyECN bool
+	CopyDSCP        CopyDSCP
 }
+
+// Mark is a netfilter mark: the bits of Mask have Value.
+type Mark struct{ Value, Mask uint32 }
+
+// CopyDSCP is in which directions tunnel mode copies the DSCP field.
+type CopyDSCP string
+
+// The directions.
+const (
+	DSCPOut  CopyDSCP = "out" // from the inner to the outer header
+	DSCPIn   CopyDSCP = "in"  // from the outer to the inner header
+	DSCPBoth CopyDSCP = "yes"
+	DSCPNo   CopyDSCP = "no"
+)

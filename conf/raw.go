@@ -113,12 +113,14 @@ type rawConnection struct {
 	AllowRelayedOnly bool       `toml:"allow_relayed_only"`
 	MaxKeyAge        string     `toml:"max_key_age"`
 	MaxKeyBytes      *int64     `toml:"max_key_bytes"`
+	MaxKeyPackets    *int64     `toml:"max_key_packets"`
 	LocalAddr        string     `toml:"local_addr"`
 	RemoteAddr       string     `toml:"remote_addr"`
 	LocalID          string     `toml:"local_id"`
 	RemoteID         string     `toml:"remote_id"`
 	Proposals        []string   `toml:"proposals"`
 	RekeyTime        string     `toml:"rekey_time"`
+	ReauthTime       string     `toml:"reauth_time"`
 	DPDDelay         string     `toml:"dpd_delay"`
 	MOBIKE           bool       `toml:"mobike"`
 	Encap            bool       `toml:"encap"`
@@ -132,7 +134,17 @@ type rawChild struct {
 	ESPProposals []string `toml:"esp_proposals"`
 	Mode         string   `toml:"mode"`
 	Start        string   `toml:"start"`
-	RekeyBytes   *int64   `toml:"rekey_bytes"`
 	RekeyTime    string   `toml:"rekey_time"`
+	RekeyBytes   *int64   `toml:"rekey_bytes"`
+	RekeyPackets *int64   `toml:"rekey_packets"`
 	ReplayWindow *int64   `toml:"replay_window"`
+	MarkIn       string   `toml:"mark_in"`
+	MarkOut      string   `toml:"mark_out"`
+	SetMarkIn    string   `toml:"set_mark_in"`
+	SetMarkOut   string   `toml:"set_mark_out"`
+	IfIDIn       *int64   `toml:"if_id_in"`
+	IfIDOut      *int64   `toml:"if_id_out"`
+	CopyDF       *bool    `toml:"copy_df"`
+	CopyECN      *bool    `toml:"copy_ecn"`
+	CopyDSCP     string   `toml:"copy_dscp"`
 }
