@@ -130,6 +130,7 @@ type connState struct {
 
 	free      []*pending // given back, not sent
 	held      int        // reserved or free
+	taken     int        // ever got from the key source by GetKey
 	failures  int        // set-ups that failed in a row after their key was spent
 	notBefore time.Time
 

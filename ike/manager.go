@@ -30,6 +30,10 @@ type ManagerOptions struct {
 	Log         *slog.Logger
 	Reconcile   time.Duration // between comparisons with charon; 30 s when zero
 	StopTimeout time.Duration // of an orderly stop; 10 s when zero
+	// Levels tell how many keys a KME has, by its name. The keys of one that is not
+	// among them are paced by policy alone.
+	Levels       map[string]Levels
+	RekeyReserve int // keys of a pool that only rekeyings which cannot wait may take; 32 when zero
 }
 
 // timing is every other wait of the Manager.
@@ -41,13 +45,14 @@ type timing struct {
 	retryMax   time.Duration
 	debounce   time.Duration // from an event to the listing that it causes
 	tick       time.Duration
+	measure    time.Duration // between two questions for the level of keys
 }
 
 var defaultTiming = timing{
 	helloGrace: 10 * time.Second,
 	redialMin:  500 * time.Millisecond, redialMax: 10 * time.Second,
 	retryMin: 2 * time.Second, retryMax: 15 * time.Second, // the Broker's back-off spares the keys
-	debounce: 50 * time.Millisecond, tick: time.Second,
+	debounce: 50 * time.Millisecond, tick: time.Second, measure: 10 * time.Second,
 }
 
 // Manager keeps charon's connections as the configuration says. Run owns the
@@ -57,6 +62,8 @@ type Manager struct {
 	t    timing
 	log  *slog.Logger
 	kick chan struct{} // capacity 1: the wanted state has changed
+
+	pacer *pacer
 
 	mu    sync.Mutex
 	link  *link           // to the running charon; nil without one
@@ -115,6 +122,7 @@ func NewManager(o ManagerOptions) (*Manager, error) {
 	m := &Manager{
 		o: o, t: defaultTiming, log: o.Log, kick: make(chan struct{}, 1),
 		held: map[string]bool{}, view: map[string]*connView{}, cause: "not connected yet",
+		pacer: newPacer(o.RekeyReserve),
 	}
 	for _, c := range o.Connections {
 		m.view[c.Name] = &connView{}
@@ -126,6 +134,11 @@ func NewManager(o ManagerOptions) (*Manager, error) {
 // with their SAs, within StopTimeout, and returns nil. Neither the Broker nor
 // the plugin's server is needed for that: charon deletes SAs itself.
 func (m *Manager) Run(ctx context.Context) error {
+	var measuring sync.WaitGroup
+	defer measuring.Wait()
+	for kme, source := range m.o.Levels {
+		measuring.Go(func() { m.measure(ctx, kme, source) })
+	}
 	wait := m.t.redialMin
 	for {
 		began := time.Now()
@@ -245,6 +258,7 @@ func (m *Manager) serve(ctx context.Context, l *link) error {
 				// With a fresh view: charon tells nobody that it is connecting.
 				err = m.look(ctx, l)
 			}
+			m.pace(ctx, l, time.Now())
 		case <-reconcile.C:
 			if err = m.reconcile(ctx, l); err == nil {
 				err = m.look(ctx, l)
@@ -273,7 +287,7 @@ func (m *Manager) settle(ctx context.Context, l *link) error {
 			}
 			continue
 		}
-		if err := m.load(ctx, l, c); err != nil {
+		if err := m.load(ctx, l, withBackstop(c)); err != nil {
 			m.fault(l, c.Name, err)
 			continue
 		}

@@ -111,7 +111,7 @@ func newSite(t *testing.T, change func(*site, []Connection) []Connection) *site 
 	}
 	s.t, s.Manager.t = t, timing{
 		helloGrace: 10 * time.Millisecond, redialMin: time.Millisecond, redialMax: 20 * time.Millisecond,
-		retryMin: 4 * time.Millisecond, retryMax: 20 * time.Millisecond, debounce: time.Millisecond, tick: 5 * time.Millisecond,
+		retryMin: 4 * time.Millisecond, retryMax: 20 * time.Millisecond, debounce: time.Millisecond, tick: 5 * time.Millisecond, measure: 5 * time.Millisecond,
 	}
 	return s
 }

@@ -132,6 +132,7 @@ func (b *Broker) fit(cs *connState, k key.SupplyKey) error {
 func (b *Broker) keep(ctx context.Context, cs *connState, sa plugin.SA, k key.SupplyKey) (key.ID, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	cs.taken++
 	_, twice := b.used[k.ID]
 	if twice || b.pending[k.ID] != nil {
 		k.Material.Wipe()

@@ -38,6 +38,7 @@ type Status struct {
 	Cause             string    // last refusal or failure; may be over
 	CauseAt           time.Time
 	BackOff           time.Duration // until the next key is asked for
+	Supply            *Supply       // of keys; nil: not known, or none are taken
 	Children          []ChildStatus
 }
 
@@ -54,6 +55,7 @@ type ChildStatus struct {
 	FingerprintIn     string
 	FingerprintOut    string
 	Since             time.Time
+	NextRekey         time.Time // zero: charon's business, or not planned yet
 	BytesIn, BytesOut uint64
 }
 
@@ -73,6 +75,9 @@ func (m *Manager) status(c Connection) Status {
 	}
 	n := m.o.Broker.note(c.Name)
 	s.Cause, s.CauseAt, s.BackOff = n.cause, n.causeAt, n.backOff
+	if c.Policy != Off {
+		s.Supply = m.pacer.supply(pairOf(c))
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	v := m.view[c.Name]
@@ -123,7 +128,7 @@ func (m *Manager) child(v childView) ChildStatus {
 		Name: v.Name, UniqueID: v.UniqueID, State: v.State, KeyID: v.in.KeyID,
 		SPIIn: v.SPIIn, SPIOut: v.SPIOut, Algorithm: v.in.Algorithm,
 		FingerprintIn: v.in.Fingerprint, FingerprintOut: v.out.Fingerprint,
-		BytesIn: v.BytesIn, BytesOut: v.BytesOut,
+		BytesIn: v.BytesIn, BytesOut: v.BytesOut, NextRekey: m.pacer.next(v.UniqueID),
 	}
 	if v.Installed > 0 || v.Up() {
 		s.Since = m.at.Add(-v.Installed)
@@ -149,6 +154,7 @@ type note struct {
 	fallback string
 	backOff  time.Duration
 	failures int
+	taken    int
 }
 
 func (b *Broker) note(name string) note {
@@ -159,7 +165,7 @@ func (b *Broker) note(name string) note {
 		return note{}
 	}
 	return note{
-		cause: cs.cause, causeAt: cs.causeAt, next: cs.next, fallback: cs.fallback, failures: cs.failures,
+		cause: cs.cause, causeAt: cs.causeAt, next: cs.next, fallback: cs.fallback, failures: cs.failures, taken: cs.taken,
 		backOff: max(0, cs.notBefore.Sub(b.now())),
 	}
 }
@@ -196,6 +202,12 @@ func (m *Manager) Explain(name string) (string, error) {
 			k = fmt.Sprintf("Key-ID %s, class %s", ch.KeyID, ch.Class)
 		}
 		line("  child %s: %s, SPIs %08x in, %08x out, %s, since %s.", ch.Name, ch.State, ch.SPIIn, ch.SPIOut, k, ch.Since.Format(time.RFC3339))
+		if !ch.NextRekey.IsZero() {
+			line("    rekeying due at %s.", ch.NextRekey.Format(time.RFC3339))
+		}
+	}
+	if s.Supply != nil {
+		line("  keys: %s.", s.Supply.text())
 	}
 	why, next := m.reason(*c, s, n)
 	line("Why: %s", why)
