@@ -38,7 +38,7 @@ func (m *Manager) reconcile(ctx context.Context, l *link) error {
 		}
 		for _, ch := range ike.Children {
 			in, out := childIDs(ike, ch)
-			if ch.Up() && (gone[keyOf(in)] || gone[keyOf(out)]) {
+			if ch.Carries() && (gone[keyOf(in)] || gone[keyOf(out)]) {
 				m.terminate(ctx, l, c.Name, ch, EventMissingSA, "charon has a CHILD_SA whose SA the kernel has not")
 			}
 		}
@@ -136,12 +136,13 @@ func (m *Manager) foreign(ikes []vici.IKESA, states []sad.State) map[uint32]fore
 			continue
 		}
 		for _, ch := range ike.Children {
-			if !ch.Up() {
+			if !ch.Carries() {
 				continue
 			}
 			in, out := childIDs(ike, ch)
 			for _, id := range []sad.ID{in, out} {
-				if s, ok := ours[keyOf(id)]; !ok || s.Mix == sad.MixClassical {
+				// The peer's DELETE may just be taking a REKEYED one out.
+				if s, ok := ours[keyOf(id)]; !ok && ch.Up() || ok && s.Mix == sad.MixClassical {
 					found[ch.UniqueID] = foreignChild{c.Name, ch}
 				}
 			}

@@ -116,7 +116,7 @@ func (m *Manager) status(c Connection) Status {
 // key.
 func classical(v *connView) bool {
 	for _, ch := range v.children {
-		if ch.Up() && ch.in.Mix == sad.MixClassical {
+		if ch.Carries() && ch.in.Mix == sad.MixClassical {
 			return true
 		}
 	}
