@@ -218,7 +218,7 @@ func TestChildKeys(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := n.IPsec.Connection[0]
-	one, err := ParseNode("f", "/", []byte(strings.Replace(text, "copy_ecn = false", "copy_ecn = true", 1)))
+	one, err := ParseNode("f", "/", []byte(strings.Replace(text, "copy_ecn = false", "", 1)))
 	if err != nil || !one.IPsec.Connection[0].Children[0].CopyECN || one.IPsec.Connection[0].Children[0].CopyDF {
 		t.Errorf("copy_ecn alone: %+v, %v", one, err)
 	}
@@ -291,6 +291,44 @@ remote_ts = ["10.9.0.0/24"]
 	peer := netip.MustParsePrefix("192.0.2.2/32")
 	if want := []Channel{{peer, 6, 0, 8441}, {peer, 6, 8441, 0}}; !reflect.DeepEqual(allow, want) {
 		t.Errorf("allowed: %v, want %v", allow, want)
+	}
+}
+
+// What is reached through an XFRM interface gets a route, and its channels too.
+func TestGuardRoutes(t *testing.T) {
+	withID := strings.Replace(sample(t), "# if_id_out = 0", "if_id_out = 7", 1)
+	withID = strings.Replace(withID, `["10.2.0.0/24"]`, `["10.2.0.0/24", "192.0.2.2/32"]`, 1)
+	second := `[[ipsec.connection.child]]
+name = "plain"
+local_ts = ["10.1.0.0/24"]
+remote_ts = ["%s"]
+`
+	n, err := ParseNode("f", "/", []byte(withID+strings.Replace(second, "%s", "10.3.0.0/24", 1)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := n.Routed(), []netip.Prefix{netip.MustParsePrefix("10.2.0.0/24"), netip.MustParsePrefix("192.0.2.2/32")}; !slices.Equal(got, want) {
+		t.Errorf("routed: %v, want %v", got, want)
+	}
+	remotes, allow := n.Guarded()
+	if want := []netip.Prefix{netip.MustParsePrefix("10.3.0.0/24")}; !slices.Equal(remotes, want) || len(allow) != 2 {
+		t.Errorf("guarded: %v, want %v; allowed: %v", remotes, want, allow)
+	}
+	all := strings.Replace(withID, `"192.0.2.2/32"]`, `"0.0.0.0/0"]`, 1)
+	for name, c := range map[string]struct{ text, fault string }{
+		"overlap":           {withID + strings.Replace(second, "%s", "10.2.0.0/16", 1), "ipsec.connection[0].child[0].if_id_out: the guard drops what goes to 10.2.0.0/16"},
+		"everything":        {all, "default route"},
+		"without the guard": {strings.Replace(all, "# guard = true", "guard = false", 1), ""},
+		"not required":      {strings.Replace(all, `# policy = "required"`, `policy = "optional"`, 1), ""},
+		"inbound alone":     {strings.Replace(strings.Replace(all, "if_id_out = 7", "# if_id_out = 7", 1), "# if_id_in = 0", "if_id_in = 7", 1), ""},
+	} {
+		_, err := ParseNode("f", "/", []byte(c.text))
+		if (err != nil) != (c.fault != "") || err != nil && (!strings.Contains(err.Error(), c.fault) || !strings.Contains(err.Error(), " 1 fault")) {
+			t.Errorf("%s: %v, want %q", name, err, c.fault)
+		}
+	}
+	if (&Node{}).Routed() != nil {
+		t.Error("routes without [ipsec]")
 	}
 }
 

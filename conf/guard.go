@@ -18,30 +18,20 @@ type Channel struct {
 }
 
 // Guarded says what the guard protects: every remote_ts of a connection with
-// policy required; and of our own channels to KMAs, KMEs and QKDEs those that lie
-// inside, without which no key would come and so no tunnel (those named by
-// address: of host names the guard knows nothing). IKE needs no rule: charon's
-// sockets carry a bypass policy of their own.
+// policy required, but those of Routed; and of our own channels to KMAs, KMEs and
+// QKDEs those that lie in either, without which no key would come and so no tunnel
+// (those named by address: of host names the guard knows nothing). IKE needs no
+// rule: charon's sockets carry a bypass policy of their own.
 func (n *Node) Guarded() (remotes []netip.Prefix, allow []Channel) {
 	if n.IPsec == nil {
 		return nil, nil
 	}
-	for _, c := range n.IPsec.Connection {
-		if c.Policy != Required {
-			continue
-		}
-		for _, ch := range c.Children {
-			for _, p := range ch.RemoteTS {
-				if !slices.Contains(remotes, p) {
-					remotes = append(remotes, p)
-				}
-			}
-		}
-	}
+	remotes = n.required(false)
+	all := append(n.required(true), remotes...)
 	tcp := func(to netip.AddrPort, localPort uint16) {
 		a := to.Addr().Unmap()
 		c := Channel{Remote: netip.PrefixFrom(a, a.BitLen()), Protocol: protoTCP, LocalPort: localPort, RemotePort: to.Port()}
-		if slices.ContainsFunc(remotes, func(r netip.Prefix) bool { return r.Contains(a) }) && !slices.Contains(allow, c) {
+		if slices.ContainsFunc(all, func(r netip.Prefix) bool { return r.Contains(a) }) && !slices.Contains(allow, c) {
 			allow = append(allow, c)
 		}
 	}
@@ -63,6 +53,33 @@ func (n *Node) Guarded() (remotes []netip.Prefix, allow []Channel) {
 		}
 	}
 	return remotes, allow
+}
+
+// Routed gives every remote_ts of a connection with policy required that is
+// reached through an XFRM interface.
+func (n *Node) Routed() []netip.Prefix {
+	if n.IPsec == nil {
+		return nil
+	}
+	return n.required(true)
+}
+
+// required gives every remote_ts under policy required, of children with an
+// outbound interface id or of those without.
+func (n *Node) required(withIfID bool) (remotes []netip.Prefix) {
+	for _, c := range n.IPsec.Connection {
+		if c.Policy != Required {
+			continue
+		}
+		for _, ch := range c.Children {
+			for _, p := range ch.RemoteTS {
+				if (ch.IfIDOut != 0) == withIfID && !slices.Contains(remotes, p) {
+					remotes = append(remotes, p)
+				}
+			}
+		}
+	}
+	return remotes
 }
 
 // addressOf gives the end of an https URL; ok is false if it names no address.

@@ -74,7 +74,33 @@ func (r *reader) ipsec(raw *rawIPsec, n *Node) *IPsec {
 		v.Connection = append(v.Connection, c)
 	}
 	r.sharedTraffic(v.Connection)
+	if v.Guard {
+		r.routedTraffic(&Node{IPsec: v})
+	}
 	return v
+}
+
+// routedTraffic refuses what the guard cannot hold for an XFRM interface: a
+// network that is everything (its blackhole route would lose against the default
+// route), and one whose packets the guard's rules for another child would drop
+// before they are in the interface.
+func (r *reader) routedTraffic(n *Node) {
+	plain := n.required(false)
+	for i, c := range n.IPsec.Connection {
+		for k, ch := range c.Children {
+			if c.Policy != Required || ch.IfIDOut == 0 {
+				continue
+			}
+			at := fmt.Sprintf("ipsec.connection[%d].child[%d].if_id_out", i, k)
+			for _, p := range ch.RemoteTS {
+				if p.Bits() == 0 {
+					r.fault(at, "the guard cannot tell remote_ts %v behind an XFRM interface from the default route: name the networks, or set guard = false", p)
+				} else if j := slices.IndexFunc(plain, p.Overlaps); j >= 0 {
+					r.fault(at, "the guard drops what goes to %v, remote_ts of a child without if_id_out, and so what goes to %v before it reaches the XFRM interface", plain[j], p)
+				}
+			}
+		}
+	}
 }
 
 // sharedTraffic refuses a connection that may run without a quantum key and

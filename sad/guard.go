@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/q-ipsec/q-ipsec/sad/xfrm"
 )
@@ -28,6 +29,9 @@ type spd interface {
 	AddPolicy(ctx context.Context, p xfrm.Policy) error
 	DeletePolicy(ctx context.Context, p xfrm.Policy) error
 	Policies(ctx context.Context) ([]xfrm.Policy, error)
+	AddBlackhole(ctx context.Context, to netip.Prefix) error
+	DeleteBlackhole(ctx context.Context, to netip.Prefix) error
+	Blackholes(ctx context.Context) ([]netip.Prefix, error)
 }
 
 // Channel is traffic of our own that must pass although it goes to a protected
@@ -42,6 +46,7 @@ type Channel struct {
 // GuardConfig says what the guard protects.
 type GuardConfig struct {
 	Remotes []netip.Prefix // remote_ts of every connection with policy required
+	Routed  []netip.Prefix // those that are reached through an XFRM interface; none of them overlaps one of Remotes
 	Allow   []Channel
 }
 
@@ -50,9 +55,14 @@ type GuardConfig struct {
 // crashed, while nothing is up. It is policies of lowest precedence in the SPD:
 // out to R, and in and fwd from R, dropped.
 //
-// Not covered: connections with an if_id (the kernel asks only policies of that
-// if_id; they need a blackhole route), packets of sockets with a policy of their
-// own (charon's IKE sockets, on purpose), loopback.
+// A packet to a network behind an XFRM interface asks policies twice: where it is
+// routed those without an if_id, in the interface those of its if_id, and without
+// one of these it is dropped. A block in out would therefore stop the tunnel
+// itself. What there is to guard against is that the route into the interface is
+// not there: the network has a blackhole route instead, of the highest metric.
+//
+// Not covered: packets of sockets with a policy of their own (charon's IKE
+// sockets, on purpose), loopback.
 type Guard struct{ spd spd }
 
 // NewGuard makes a Guard. The SPD, *xfrm.Conn outside tests, is borrowed.
@@ -80,12 +90,15 @@ func (c GuardConfig) Policies() ([]xfrm.Policy, error) {
 			all = append(all, p)
 		}
 	}
-	for _, r := range c.Remotes {
+	for _, r := range slices.Concat(c.Remotes, c.Routed) {
 		if !r.IsValid() || r != r.Masked() || r.Addr().Is4In6() {
 			return nil, fmt.Errorf("sad: guard: %v is not a network prefix", r)
 		}
+		routed := slices.Contains(c.Routed, r)
 		for _, p := range blocks(r) {
-			add(p)
+			if !routed || p.Dir != xfrm.Out || !p.Block {
+				add(p)
+			}
 		}
 	}
 	for _, ch := range c.Allow {
@@ -152,7 +165,7 @@ func ofGuard(p xfrm.Policy) bool {
 
 // Install adds what is missing of the guard of c, allow rules first so that our
 // own channels are never cut, and then removes allow rules that c does not have.
-// Blocks that c does not have stay until Remove: a network that was protected
+// Blocks and routes that c does not have stay until Remove: a network that was protected
 // does not become clear by a change of configuration. It may be called again at
 // any time. A policy of another owner with a selector of the guard's is an error
 // that names it; the rest is installed nevertheless.
@@ -182,6 +195,11 @@ func (g *Guard) Install(ctx context.Context, c GuardConfig) error {
 			}
 		}
 	}
+	for _, r := range c.Routed {
+		if err := g.spd.AddBlackhole(ctx, r); err != nil && !errors.Is(err, xfrm.ErrExists) {
+			errs = append(errs, err)
+		}
+	}
 	for _, p := range have {
 		if ofGuard(p) && !p.Block && !wanted[p.Selector()] {
 			if err := g.spd.DeletePolicy(ctx, p); err != nil && !errors.Is(err, xfrm.ErrNotFound) {
@@ -208,7 +226,7 @@ func (g *Guard) ensure(ctx context.Context, p xfrm.Policy, present map[xfrm.Poli
 }
 
 // Remove removes all policies of any guard, known by their priorities, blocks
-// last. Only an operator asks for it.
+// last, and its routes. Only an operator asks for it.
 func (g *Guard) Remove(ctx context.Context) error {
 	have, err := g.spd.Policies(ctx)
 	if err != nil {
@@ -225,10 +243,17 @@ func (g *Guard) Remove(ctx context.Context) error {
 			}
 		}
 	}
+	routes, err := g.spd.Blackholes(ctx)
+	errs = append(errs, err)
+	for _, r := range routes {
+		if err := g.spd.DeleteBlackhole(ctx, r); err != nil && !errors.Is(err, xfrm.ErrNotFound) {
+			errs = append(errs, err)
+		}
+	}
 	return errors.Join(errs...)
 }
 
-// Installed tells whether all policies of the guard of c are in place.
+// Installed tells whether all policies and routes of the guard of c are in place.
 func (g *Guard) Installed(ctx context.Context, c GuardConfig) (bool, error) {
 	want, err := c.Policies()
 	if err != nil {
@@ -246,6 +271,15 @@ func (g *Guard) Installed(ctx context.Context, c GuardConfig) (bool, error) {
 	}
 	for _, p := range want {
 		if !present[p.Selector()] {
+			return false, nil
+		}
+	}
+	routes, err := g.spd.Blackholes(ctx)
+	if err != nil {
+		return false, err
+	}
+	for _, r := range c.Routed {
+		if !slices.Contains(routes, r) {
 			return false, nil
 		}
 	}

@@ -12,10 +12,35 @@ import (
 
 // fakeSPD is an SPD in memory: one policy per selector.
 type fakeSPD struct {
-	all   []xfrm.Policy
-	index uint32
-	order []string // additions and deletions
-	fail  error    // of AddPolicy
+	all    []xfrm.Policy
+	routes []netip.Prefix
+	index  uint32
+	order  []string // additions and deletions
+	fail   error    // of AddPolicy and AddBlackhole
+}
+
+func (f *fakeSPD) AddBlackhole(_ context.Context, to netip.Prefix) error {
+	if f.fail != nil {
+		return f.fail
+	}
+	if slices.Contains(f.routes, to) {
+		return xfrm.ErrExists
+	}
+	f.routes = append(f.routes, to)
+	return nil
+}
+
+func (f *fakeSPD) DeleteBlackhole(_ context.Context, to netip.Prefix) error {
+	i := slices.Index(f.routes, to)
+	if i < 0 {
+		return xfrm.ErrNotFound
+	}
+	f.routes = slices.Delete(f.routes, i, i+1)
+	return nil
+}
+
+func (f *fakeSPD) Blackholes(context.Context) ([]netip.Prefix, error) {
+	return slices.Clone(f.routes), nil
 }
 
 func (f *fakeSPD) AddPolicy(_ context.Context, p xfrm.Policy) error {
@@ -196,6 +221,68 @@ func TestGuardInstallAgain(t *testing.T) {
 	}
 	if err := g.Remove(t.Context()); err != nil || len(f.all) != 0 {
 		t.Errorf("left %v, %v", f.all, err)
+	}
+}
+
+// What is reached through an XFRM interface must reach it: no block in out, where
+// a packet is routed, but a blackhole route. What comes from there in clear is
+// dropped as ever.
+func TestGuardOfXFRMInterface(t *testing.T) {
+	f := &fakeSPD{}
+	g := NewGuard(f)
+	config := GuardConfig{Remotes: prefixes("10.3.0.0/16"), Routed: prefixes("10.2.0.0/16", "2001:db8:2::/48"), Allow: []Channel{{Remote: netip.MustParsePrefix("10.2.0.1/32"), Protocol: 6, RemotePort: 7001}}}
+	for range 2 { // again: no error
+		if err := g.Install(t.Context(), config); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tc := range []struct {
+		dir      xfrm.Dir
+		src, dst string
+		want     string
+	}{
+		{xfrm.Out, "10.1.0.1", "10.2.3.4", "none"},
+		{xfrm.Out, "2001:db8:1::1", "2001:db8:2::9", "none"},
+		{xfrm.Out, "10.1.0.1", "10.3.3.4", "block"},
+		{xfrm.In, "10.2.3.4", "10.1.0.1", "block"},
+		{xfrm.Fwd, "10.2.3.4", "10.1.0.1", "block"},
+		{xfrm.Fwd, "2001:db8:2::9", "2001:db8:1::1", "block"},
+	} {
+		if got := f.decide(tc.dir, tc.src, tc.dst, 17, 1, 2); got != tc.want {
+			t.Errorf("%v %s -> %s: %s, want %s", tc.dir, tc.src, tc.dst, got, tc.want)
+		}
+	}
+	if got := f.decide(xfrm.Fwd, "10.1.0.5", "10.2.0.1", 6, 40000, 7001); got != "block" {
+		t.Errorf("a host behind the gateway uses the gateway's own channel: %s", got)
+	}
+	if !slices.Equal(f.routes, config.Routed) {
+		t.Errorf("blackhole routes: %v", f.routes)
+	}
+	// Another configuration takes no route away.
+	if err := g.Install(t.Context(), GuardConfig{Remotes: prefixes("10.3.0.0/16")}); err != nil || len(f.routes) != 2 {
+		t.Errorf("%v, %v", f.routes, err)
+	}
+	if err := g.Install(t.Context(), config); err != nil {
+		t.Fatal(err)
+	}
+	if ok, err := g.Installed(t.Context(), config); err != nil || !ok {
+		t.Errorf("Installed: %v, %v", ok, err)
+	}
+	if err := f.DeleteBlackhole(t.Context(), config.Routed[1]); err != nil {
+		t.Fatal(err)
+	}
+	if ok, err := g.Installed(t.Context(), config); err != nil || ok {
+		t.Errorf("Installed without a route: %v, %v", ok, err)
+	}
+	if err := g.Remove(t.Context()); err != nil || len(f.all)+len(f.routes) != 0 {
+		t.Errorf("left %v, %v, %v", f.all, f.routes, err)
+	}
+	f.fail = xfrm.ErrUnknown
+	if err := g.Install(t.Context(), GuardConfig{Routed: config.Routed}); !errors.Is(err, xfrm.ErrUnknown) {
+		t.Errorf("%v", err)
+	}
+	if _, err := (GuardConfig{Routed: prefixes("10.2.0.1/16")}).Policies(); err == nil {
+		t.Error("host bits were taken")
 	}
 }
 

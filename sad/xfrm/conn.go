@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/q-ipsec/q-ipsec/kms/key"
@@ -32,8 +33,8 @@ type socket interface {
 	close() error
 }
 
-// Conn is one XFRM netlink socket, in the network namespace of the thread that
-// opened it. Its methods may be called at the same time; each waits for its
+// Conn is one XFRM netlink socket, and one for routes, in the network namespace
+// of the thread that opened them. Its methods may be called at the same time; each waits for its
 // turn, and for the kernel, until its context ends or 10 seconds have passed.
 // One wait is not bounded: while the kernel loads an algorithm's module it does
 // not return from the request (seconds, once; SAD.Warmup takes it beforehand).
@@ -42,9 +43,10 @@ type Conn struct {
 	sock   socket
 	seq    uint32
 	tx, rx *key.Material // requests and answers may hold keys
+	routes *netlink.Handle
 }
 
-// Open opens the socket. It needs CAP_NET_ADMIN to be of use.
+// Open opens the sockets. It needs CAP_NET_ADMIN to be of use.
 func Open() (*Conn, error) {
 	s, err := openNetlink()
 	if err != nil {
@@ -54,6 +56,14 @@ func Open() (*Conn, error) {
 	if err != nil {
 		_ = s.close()
 		return nil, err
+	}
+	c.routes, err = netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err == nil {
+		err = c.routes.SetSocketTimeout(maxWait)
+	}
+	if err != nil {
+		_ = c.Close()
+		return nil, fmt.Errorf("xfrm: open route socket: %w", err)
 	}
 	return c, nil
 }
@@ -80,6 +90,9 @@ func (c *Conn) Close() error {
 	}
 	c.tx.Wipe()
 	c.rx.Wipe()
+	if c.routes != nil {
+		c.routes.Close()
+	}
 	return c.sock.close()
 }
 
