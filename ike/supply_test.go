@@ -21,6 +21,7 @@ type supplySim struct {
 	now    time.Time
 	keys   float64
 	rate   float64 // keys per second
+	most   int     // that the KME stores
 	taken  int
 	list   []paced
 	nextID uint32
@@ -36,7 +37,7 @@ var simPair = saePair{"local", "a", "b"}
 func newSupplySim(keys, rate float64) *supplySim {
 	s := &supplySim{
 		pacer: newPacer(0), now: time.Date(2026, 11, 22, 0, 0, 0, 0, time.UTC),
-		keys: keys, rate: rate, rekeys: map[string]int{}, least: keys,
+		keys: keys, rate: rate, most: 1_000_000, rekeys: map[string]int{}, least: keys,
 	}
 	s.pacer.learn(simPair, poolID{"local", "b"})
 	return s
@@ -55,9 +56,9 @@ func (s *supplySim) add(conn string, n int, policy, limit time.Duration) {
 func (s *supplySim) run(d time.Duration) int {
 	sum := 0
 	for end := s.now.Add(d); s.now.Before(end); s.now = s.now.Add(time.Second) {
-		s.keys += s.rate
+		s.keys = min(s.keys+s.rate, float64(s.most))
 		if s.now.Second()%10 == 0 {
-			s.pacer.measured(s.now, poolID{"local", "b"}, int(s.keys), 1_000_000, s.taken)
+			s.pacer.measured(s.now, poolID{"local", "b"}, int(s.keys), s.most, s.taken)
 		}
 		due, events := s.pacer.plan(s.now, s.list)
 		s.events = append(s.events, events...)
@@ -139,6 +140,27 @@ func TestFairShare(t *testing.T) {
 		if d := got - c.want; d < -time.Millisecond || d > time.Millisecond {
 			t.Errorf("%v of %v: %v, want %v", c.policies, c.rate, got, c.want)
 		}
+	}
+}
+
+// A stock that nothing fills is spent bit by bit, not as fast as it can be.
+func TestSupplyStockIsSpread(t *testing.T) {
+	s := newSupplySim(defaultReserve+600, 0)
+	s.add("x", 1, time.Second, 24*time.Hour)
+	if n := s.run(time.Minute); n < 25 || n > 50 { // in whole seconds: every other one
+		t.Errorf("%d of 600 keys in the first tenth of the window", n)
+	}
+}
+
+// A KME that stores few keys and gets many hides that they come; the pace finds
+// out.
+func TestSupplyBehindASmallStore(t *testing.T) {
+	s := newSupplySim(100, 1)
+	s.most = 100
+	s.add("x", 3, 5*time.Second, time.Hour)
+	s.run(time.Hour)
+	if n := s.run(10 * time.Minute); n < 250 {
+		t.Errorf("%d rekeyings of 360 wanted, 600 keys came", n)
 	}
 }
 
@@ -336,6 +358,17 @@ func TestSupplyTimeToDry(t *testing.T) {
 	p.plan(at.Add(time.Hour), nil)
 	if s := p.supply(simPair); s != nil {
 		t.Errorf("an hour old, still told: %+v", s)
+	}
+}
+
+// What is counted as taken are the keys that a KME gave, once each.
+func TestSupplyCountsTakenKeys(t *testing.T) {
+	p := newPair(t, nil)
+	p.a.mustKey(1)
+	p.a.mustKey(1)
+	p.a.mustKey(2)
+	if a, b := p.a.note("link").taken, p.b.note("link").taken; a != 2 || b != 0 {
+		t.Errorf("%d and %d keys taken", a, b)
 	}
 }
 
