@@ -9,8 +9,9 @@ cd "$(dirname "$0")/.."
 [ "$(id -u)" = 0 ] || { echo "unprivileged.sh: needs root, to give it up" >&2; exit 1; }
 nobody=65534
 
+out=$PWD/out
 tmp=$(mktemp -d)
-trap 'rm -rf -- "$tmp"' EXIT
+trap 'mkdir -p "$out" && cp -r "$tmp/out/." "$out/"; rm -rf -- "$tmp"' EXIT
 cp -a bin conf scripts testenv "$tmp/"
 chmod 755 "$tmp"
 mkdir "$tmp/out"
@@ -18,4 +19,7 @@ chown -R "$nobody:$nobody" "$tmp"
 cd "$tmp"
 env -i PATH="$PATH" HOME="$tmp" \
     prlimit --memlock=8388608:8388608 \
-    setpriv --reuid="$nobody" --regid="$nobody" --clear-groups --bounding-set=-all --inh-caps=-all --no-new-privs -- "$@"
+    setpriv --reuid="$nobody" --regid="$nobody" --clear-groups --bounding-set=-all --inh-caps=-all --no-new-privs \
+    --pdeathsig TERM -- "$@" &
+trap 'kill -TERM $! && wait $!; exit 143' TERM INT
+wait $!
