@@ -373,6 +373,9 @@ func (p *pacer) supply(of saePair) *Supply {
 		return nil
 	}
 	s := &Supply{Pool: v.id.String(), Level: v.level, Reserve: v.reserve, Interval: v.share, Dry: -1}
+	if v.share >= forever {
+		s.Interval, s.Waits = 0, true
+	}
 	s.SupplyRate, s.UseRate, s.Measured = v.rates()
 	if loss := s.UseRate - s.SupplyRate; s.Measured && loss > 0 {
 		s.Dry = time.Duration(min(float64(v.level)/loss, forever.Seconds()) * float64(time.Second))

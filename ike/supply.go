@@ -40,6 +40,7 @@ type Supply struct {
 	Dry time.Duration
 	// Interval is what the pool affords each CHILD_SA; zero: whatever its policy is.
 	Interval time.Duration
+	Waits    bool // it affords none now
 }
 
 // text is s in words.
@@ -53,7 +54,7 @@ func (s *Supply) text() string {
 		t += fmt.Sprintf("; %.3g/s come, %.3g/s are used here: %s", s.SupplyRate, s.UseRate, dry)
 	}
 	switch {
-	case s.Interval >= forever:
+	case s.Waits:
 		t += "; rekeyings wait for keys"
 	case s.Interval > 0:
 		t += fmt.Sprintf("; enough to rekey each CHILD_SA every %s", s.Interval.Round(time.Second))

@@ -128,6 +128,28 @@ func TestFlagsMayFollowArguments(t *testing.T) {
 	}
 }
 
+// The tunnels show how long the keys last.
+func TestTunnelsShowTheSupply(t *testing.T) {
+	n := func(v int64) *int64 { return &v }
+	for want, v := range map[string]operator.Tunnel{
+		"120 never": {Supply: &operator.Supply{Level: 120, Rates: &operator.Rates{Supply: 2, Use: 1}}},
+		"120 2m0s":  {Supply: &operator.Supply{Level: 120, Rates: &operator.Rates{Use: 1, DryInS: n(120)}}},
+		"120 -":     {Supply: &operator.Supply{Level: 120}},
+		"0 dry":     {Supply: &operator.Supply{}},
+		"- -":       {},
+		"1m0s 9m0s": {Children: []operator.Child{{KeyID: "id", AgeS: 60, RekeyInS: n(540)}}},
+		"1m0s 0s":   {Children: []operator.Child{{KeyID: "id", AgeS: 60, RekeyInS: n(-5)}}},
+	} {
+		var b bytes.Buffer
+		if err := printTunnels(&app{out: &b}, []operator.Tunnel{v}); err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Join(strings.Fields(b.String()), " "); !strings.Contains(got, " "+want+" -") {
+			t.Errorf("%q is not in %q", want, got)
+		}
+	}
+}
+
 // initPair writes a pair for trials and gives its directory.
 func initPair(t *testing.T, more ...string) string {
 	t.Helper()

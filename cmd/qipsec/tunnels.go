@@ -122,17 +122,41 @@ func printExplanation(a *app, e operator.Explanation) error {
 func printTunnels(a *app, list []operator.Tunnel) error {
 	var rows [][]string
 	for _, t := range list {
-		rows = append(rows, []string{t.Connection, "", t.State, t.Policy, t.KME, t.PeerSAE, "", t.Why})
+		keys, dry := supply(t.Supply)
+		rows = append(rows, []string{t.Connection, "", t.State, t.Policy, t.KME, t.PeerSAE, keys, dry, t.Why})
 		for _, c := range t.Children {
-			age := ""
+			age, next := "", ""
 			if c.KeyID != "" {
-				age = (time.Duration(c.AgeS) * time.Second).String()
+				age = inSeconds(c.AgeS)
 			}
-			rows = append(rows, []string{"", c.Name, c.State, c.KeyClass, "", c.KeyID, age, ""})
+			if c.RekeyInS != nil {
+				next = inSeconds(max(0, *c.RekeyInS))
+			}
+			rows = append(rows, []string{"", c.Name, c.State, c.KeyClass, "", c.KeyID, age, next, ""})
 		}
 	}
-	return table(a.out, "CONNECTION CHILD STATE POLICY/CLASS KME PEER/KEY-ID AGE WHY", rows)
+	return table(a.out, "CONNECTION CHILD STATE POLICY/CLASS KME PEER/KEY-ID KEYS/AGE DRY/REKEY-IN WHY", rows)
 }
+
+// supply is how many keys there are for a tunnel and when the last one goes.
+func supply(s *operator.Supply) (keys, dry string) {
+	if s == nil {
+		return "", ""
+	}
+	keys = strconv.Itoa(s.Level)
+	switch {
+	case s.Level == 0:
+		dry = "dry"
+	case s.Rates == nil:
+	case s.Rates.DryInS == nil:
+		dry = "never"
+	default:
+		dry = inSeconds(*s.Rates.DryInS)
+	}
+	return keys, dry
+}
+
+func inSeconds(s int64) string { return (time.Duration(s) * time.Second).String() }
 
 func printSAs(a *app, list []operator.SA) error {
 	rows := make([][]string, len(list))

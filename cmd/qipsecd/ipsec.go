@@ -67,7 +67,9 @@ func buildIPsec(ctx context.Context, n *conf.Node, s *stages, k *kms, r *recorde
 		return nil, err
 	}
 	s.atEnd(func() error { _ = srv.Close(); return nil }) // for a start that fails half-way
-	manager, err := ike.NewManager(ike.ManagerOptions{Connections: conns, Broker: broker, SAD: entries, VICI: n.IPsec.VICI, Events: ikeEvents{r}, Log: log})
+	manager, err := ike.NewManager(ike.ManagerOptions{
+		Connections: conns, Broker: broker, SAD: entries, VICI: n.IPsec.VICI, Levels: levels(kmes), Events: ikeEvents{r}, Log: log,
+	})
 	if err != nil {
 		return nil, err
 	}

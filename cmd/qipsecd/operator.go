@@ -187,7 +187,7 @@ func (o *operatorTunnels) Tunnels(context.Context) ([]operator.Tunnel, error) {
 	for _, s := range o.manager.Status() {
 		t := operator.Tunnel{
 			Connection: s.Name, Policy: s.Policy, Mix: s.Mix, KME: s.KME, LocalSAE: s.LocalSAE, PeerSAE: s.PeerSAE,
-			State: string(s.State), Children: []operator.Child{},
+			State: string(s.State), Supply: supplyOf(s.Supply), Children: []operator.Child{},
 		}
 		if s.State != ike.StateUp {
 			t.Why = s.Cause
@@ -195,7 +195,7 @@ func (o *operatorTunnels) Tunnels(context.Context) ([]operator.Tunnel, error) {
 		for _, c := range s.Children {
 			v := operator.Child{
 				Name: c.Name, State: c.State, SPIIn: spi(c.SPIIn), SPIOut: spi(c.SPIOut), KeyClass: c.Class,
-				BytesIn: c.BytesIn, BytesOut: c.BytesOut,
+				BytesIn: c.BytesIn, BytesOut: c.BytesOut, RekeyInS: rekeyIn(c.NextRekey),
 			}
 			if !c.Since.IsZero() {
 				v.AgeS = int64(time.Since(c.Since).Seconds())

@@ -100,7 +100,25 @@ type Tunnel struct {
 	PeerSAE    string  `json:"peer_sae"`
 	State      string  `json:"state"` // up, down, waiting, off
 	Why        string  `json:"why,omitempty"`
+	Supply     *Supply `json:"supply,omitempty"` // absent: not known, or no keys are taken
 	Children   []Child `json:"children"`
+}
+
+// Supply is what is known of the keys that a tunnel's rekeyings take.
+type Supply struct {
+	Pool      string `json:"pool"` // tunnels with the same share these keys
+	Level     int    `json:"level"`
+	Reserve   int    `json:"reserve"`              // of them, not for rekeyings that can wait
+	IntervalS int64  `json:"interval_s,omitempty"` // affordable between two rekeyings of a child; absent: whatever its policy is
+	Waits     bool   `json:"waits,omitempty"`      // rekeyings wait for keys
+	Rates     *Rates `json:"rates,omitempty"`      // absent: measured for too short a time
+}
+
+// Rates are of keys per second.
+type Rates struct {
+	Supply float64 `json:"supply"`             // less what other SAEs take
+	Use    float64 `json:"use"`                // by IPsec of this node
+	DryInS *int64  `json:"dry_in_s,omitempty"` // absent: never at these rates
 }
 
 // Child is one CHILD_SA of a tunnel.
@@ -113,6 +131,8 @@ type Child struct {
 	KeyID    string `json:"key_id,omitempty"`
 	KeyClass string `json:"key_class,omitempty"`
 	AgeS     int64  `json:"age_s,omitempty"`
+	// RekeyInS is below zero while a rekeying is overdue.
+	RekeyInS *int64 `json:"rekey_in_s,omitempty"`
 	BytesIn  uint64 `json:"bytes_in,omitempty"`
 	BytesOut uint64 `json:"bytes_out,omitempty"`
 }
