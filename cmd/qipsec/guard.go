@@ -5,6 +5,8 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/q-ipsec/q-ipsec/conf"
@@ -16,7 +18,8 @@ const guardTimeout = 30 * time.Second
 
 func guardCommands() []command {
 	const what = "The guard is XFRM policies of lowest precedence that drop what goes to or comes from\n" +
-		"the networks of `required` connections outside a tunnel."
+		"the networks of `required` connections outside a tunnel, and blackhole routes to those\n" +
+		"behind an XFRM interface."
 	return []command{
 		{
 			name: "guard install", about: "put the guard in the kernel, or what of it is missing",
@@ -26,7 +29,7 @@ func guardCommands() []command {
 				if err := g.Install(ctx, c); err != nil {
 					return err
 				}
-				fmt.Fprintf(a.out, "guarded: %v\n", c.Remotes)
+				fmt.Fprintf(a.out, "guarded: %v\n", networks(c))
 				return nil
 			}),
 		},
@@ -39,12 +42,12 @@ func guardCommands() []command {
 					return err
 				}
 				if asJSON {
-					err = printJSON(a.out, map[string]any{"installed": ok, "networks": c.Remotes})
+					err = printJSON(a.out, map[string]any{"installed": ok, "networks": networks(c)})
 				} else if ok {
-					fmt.Fprintf(a.out, "in place for %v\n", c.Remotes)
+					fmt.Fprintf(a.out, "in place for %v\n", networks(c))
 				}
 				if err == nil && !ok {
-					err = fmt.Errorf("not in place for all of %v: `qipsec guard install` completes it", c.Remotes)
+					err = fmt.Errorf("not in place for all of %v: `qipsec guard install` completes it", networks(c))
 				}
 				return err
 			}),
@@ -87,16 +90,19 @@ func guardSetup(f func(context.Context, *app, *sad.Guard, sad.GuardConfig, bool)
 			var c sad.GuardConfig
 			var allow []conf.Channel
 			c.Remotes, allow = n.Guarded()
+			c.Routed = n.Routed()
 			for _, v := range allow {
 				c.Allow = append(c.Allow, sad.Channel(v))
 			}
-			if len(c.Remotes) == 0 {
+			if len(networks(c)) == 0 {
 				return fmt.Errorf("%s has no connection with policy required: there is nothing to guard", *config)
 			}
 			return withGuard(ctx, func(ctx context.Context, g *sad.Guard) error { return f(ctx, a, g, c, *asJSON) })
 		}
 	}
 }
+
+func networks(c sad.GuardConfig) []netip.Prefix { return slices.Concat(c.Remotes, c.Routed) }
 
 func withGuard(ctx context.Context, f func(context.Context, *sad.Guard) error) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, guardTimeout)

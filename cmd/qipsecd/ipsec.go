@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/q-ipsec/q-ipsec/conf"
@@ -94,17 +95,17 @@ func (s sadForIKE) Rollback(ctx context.Context, id sad.ID) error {
 // guard completes the guard. It stays when the daemon ends.
 func guard(ctx context.Context, n *conf.Node, kernel *xfrm.Conn, log *slog.Logger) error {
 	remotes, allow := n.Guarded()
-	c := sad.GuardConfig{Remotes: remotes}
+	c := sad.GuardConfig{Remotes: remotes, Routed: n.Routed()}
 	for _, v := range allow {
 		c.Allow = append(c.Allow, sad.Channel(v))
 	}
-	if len(remotes) == 0 {
+	if len(c.Remotes)+len(c.Routed) == 0 {
 		return nil
 	}
 	if err := sad.NewGuard(kernel).Install(ctx, c); err != nil {
 		return err
 	}
-	log.Info("guard in place: these networks are reached through a tunnel or not at all", "networks", remotes)
+	log.Info("guard in place: these networks are reached through a tunnel or not at all", "networks", slices.Concat(c.Remotes, c.Routed))
 	return nil
 }
 
@@ -158,9 +159,9 @@ func connections(c *conf.IPsec) []ike.Connection {
 		conn := ike.Connection{
 			Name: v.Name, LocalAddrs: []netip.Addr{v.LocalAddr}, RemoteAddrs: []netip.Addr{v.RemoteAddr},
 			LocalID: v.LocalID, RemoteID: v.RemoteID, LocalCert: c.Files.Cert, LocalKey: c.Files.Key, RemoteCA: c.Files.CA,
-			Proposals: v.Proposals, IKERekeyTime: v.RekeyTime, DPDDelay: v.DPDDelay, Encap: v.Encap, MOBIKE: v.MOBIKE,
+			Proposals: v.Proposals, IKERekeyTime: v.RekeyTime, ReauthTime: v.ReauthTime, DPDDelay: v.DPDDelay, Encap: v.Encap, MOBIKE: v.MOBIKE,
 			LocalSAE: v.LocalSAE, PeerSAE: v.PeerSAE, KME: v.KME, MinClass: v.MinClass, AllowRelayedOnly: v.AllowRelayedOnly,
-			MaxKeyAge: v.MaxKeyAge, MaxKeyBytes: v.MaxKeyBytes,
+			MaxKeyAge: v.MaxKeyAge, MaxKeyBytes: v.MaxKeyBytes, MaxKeyPackets: v.MaxKeyPackets,
 		}
 		switch v.Policy {
 		case conf.Optional:
@@ -174,7 +175,9 @@ func connections(c *conf.IPsec) []ike.Connection {
 		for _, ch := range v.Children {
 			child := ike.Child{
 				Name: ch.Name, LocalTS: ch.LocalTS, RemoteTS: ch.RemoteTS, Proposals: ch.ESPProposals, Transport: ch.Transport,
-				RekeyTime: ch.RekeyTime, RekeyBytes: ch.RekeyBytes, ReplayWindow: uint32(ch.ReplayWindow),
+				RekeyTime: ch.RekeyTime, RekeyBytes: ch.RekeyBytes, RekeyPackets: ch.RekeyPackets, ReplayWindow: uint32(ch.ReplayWindow),
+				MarkIn: sad.Mark(ch.MarkIn), MarkOut: sad.Mark(ch.MarkOut), SetMarkIn: sad.Mark(ch.SetMarkIn), SetMarkOut: sad.Mark(ch.SetMarkOut),
+				IfIDIn: ch.IfIDIn, IfIDOut: ch.IfIDOut, NoCopyDF: !ch.CopyDF, NoCopyECN: !ch.CopyECN, CopyDSCP: string(ch.CopyDSCP),
 			}
 			switch ch.Start {
 			case conf.StartNow:
