@@ -258,7 +258,9 @@ func (m *Manager) serve(ctx context.Context, l *link) error {
 				// With a fresh view: charon tells nobody that it is connecting.
 				err = m.look(ctx, l)
 			}
-			m.pace(ctx, l, time.Now())
+			if err == nil {
+				m.pace(ctx, l, time.Now())
+			}
 		case <-reconcile.C:
 			if err = m.reconcile(ctx, l); err == nil {
 				err = m.look(ctx, l)

@@ -162,6 +162,17 @@ func (s *site) state(name string) Status {
 	return Status{}
 }
 
+// seen waits for the first view: the comparison before it would end what the
+// SAD has not.
+func (s *site) seen() {
+	s.t.Helper()
+	eventually(s.t, "the first view", func() bool {
+		s.Manager.mu.Lock()
+		defer s.Manager.mu.Unlock()
+		return !s.at.IsZero()
+	})
+}
+
 // connects makes the fake charon answer each initiation with a tunnel whose SAs
 // are in the SAD.
 func (s *site) connects(owner sad.Owner) {
@@ -364,11 +375,7 @@ func TestManagerForeign(t *testing.T) {
 	rekeyed.Children[0].State, weak.Children[0].State = "REKEYED", "REKEYED"
 	s.run()
 	eventually(t, "loaded", func() bool { return s.loaded("link") })
-	eventually(t, "the first view", func() bool {
-		s.Manager.mu.Lock()
-		defer s.Manager.mu.Unlock()
-		return !s.at.IsZero()
-	})
+	s.seen()
 	quantum := sad.Owner{Connection: "link", Mix: sad.MixHybrid}
 	s.sad.put(0xc0000001, 0xcf000001, quantum)
 	s.sad.put(0xc0000003, 0xcfffffff, quantum)
@@ -422,6 +429,7 @@ func TestManagerLooksAmongEvents(t *testing.T) {
 	s.hello("5.9.8")
 	s.run()
 	eventually(t, "loaded", func() bool { return s.loaded("link") })
+	s.seen()
 	other := ikeOf("theirs", "net", 5)
 	s.charon.SetIKEs(ikeOf("link", "net", 1), other)
 	eventually(t, "closed", func() bool {

@@ -132,7 +132,9 @@ func (p *pacer) measured(at time.Time, id poolID, level, most, taken int) {
 		v = &pool{id: id, reserve: p.reserve}
 		p.pools[id] = v
 	}
-	v.level, v.most = level, most
+	if v.level, v.most = level, most; level > 0 && !slices.ContainsFunc(v.samples, func(s sample) bool { return s.level > 0 }) {
+		v.samples = nil // what fills an empty pool, a first file or the peer's agreement, is no rate
+	}
 	v.samples = append(v.samples, sample{at, level, taken})
 	v.trim(at)
 }

@@ -337,6 +337,7 @@ func TestSupplyTimeToDry(t *testing.T) {
 		t.Error("a supply that nobody measured")
 	}
 	p.learn(simPair, id)
+	p.measured(at.Add(-2*time.Minute), id, 0, 10000, 5) // no rate begins there
 	p.measured(at, id, 1000, 10000, 5)
 	if s := p.supply(simPair); s == nil || s.Measured || s.Dry >= 0 || s.Level != 1000 {
 		t.Errorf("%+v", s)
