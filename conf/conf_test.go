@@ -39,7 +39,7 @@ func TestSample(t *testing.T) {
 		t.Errorf("%+v", p)
 	}
 	c := n.IPsec.Connection[0]
-	if c.Policy != Required || c.Mix != Hybrid || c.MinClass != key.Relayed || c.KME != Local || c.MaxKeyAge != time.Hour || !n.IPsec.Guard {
+	if c.Policy != Required || c.Mix != Hybrid || c.MinClass != key.Relayed || c.KME != Local || c.MaxKeyAge != time.Hour || !n.IPsec.Guard || n.IPsec.Reserve != 32 {
 		t.Errorf("%+v", c)
 	}
 	if ch := c.Children[0]; ch.Start != StartNow || ch.RekeyTime != 10*time.Minute || ch.Transport || ch.LocalTS[0] != netip.MustParsePrefix("10.1.0.0/24") {
@@ -113,6 +113,7 @@ func TestFaults(t *testing.T) {
 		"unknown section":   {[][2]string{{"[operator]", "[oprator]\nx = 1\n[operator]"}}, "oprator oprator.x"},
 		"node name":         {[][2]string{{`name = "a" `, `name = "Gate_A" `}}, "node.name"},
 		"no node name":      {[][2]string{{`name = "a" `, `# `}}, "node.name"},
+		"rekey reserve":     {[][2]string{{"# rekey_reserve = 32", "rekey_reserve = 0"}}, "ipsec.rekey_reserve"},
 		"level":             {[][2]string{{`# level = "info"`, `level = "loud"`}}, "log.level"},
 		"listen":            {[][2]string{{`"192.0.2.1:8441"`, `"gw-a:8441"`}, {`"192.0.2.1:8442"`, `"192.0.2.1:0"`}}, "kms.type1_listen kms.type2_listen"},
 		"peer address":      {[][2]string{{`"192.0.2.2:8441"`, `"0.0.0.0:8441"`}}, "kms.peer[0].address"},

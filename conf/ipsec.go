@@ -31,6 +31,8 @@ func (r *reader) ipsec(raw *rawIPsec, n *Node) *IPsec {
 		Plugin: r.socket("ipsec.plugin", raw.Plugin, defaultPlugin),
 		Files:  r.files("ipsec", rawFiles{raw.CA, raw.Cert, raw.Key}),
 		Guard:  raw.Guard == nil || *raw.Guard,
+
+		Reserve: int(r.number("ipsec.rekey_reserve", raw.Reserve, 32, 1, 1_000_000)),
 	}
 	kmes := map[string]string{}
 	if n.KMS != nil {

@@ -99,6 +99,7 @@ type IPsec struct {
 	Plugin     string    // socket for charon's qipsec plugin
 	Files      pki.Files // IKE certificate; CA: who may authenticate
 	Guard      bool      // block policies for every required connection
+	Reserve    int       // keys of each pool kept for rekeyings that cannot wait
 	KMEs       []KME
 	Connection []Connection
 }

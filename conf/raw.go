@@ -88,6 +88,7 @@ type rawIPsec struct {
 	Cert       string          `toml:"cert"`
 	Key        string          `toml:"key"`
 	Guard      *bool           `toml:"guard"`
+	Reserve    *int64          `toml:"rekey_reserve"`
 	KME        []rawKME        `toml:"kme"`
 	Connection []rawConnection `toml:"connection"`
 }

@@ -69,7 +69,7 @@ func buildIPsec(ctx context.Context, n *conf.Node, s *stages, k *kms, r *recorde
 	}
 	s.atEnd(func() error { _ = srv.Close(); return nil }) // for a start that fails half-way
 	manager, err := ike.NewManager(ike.ManagerOptions{
-		Connections: conns, Broker: broker, SAD: entries, VICI: n.IPsec.VICI, Levels: levels(kmes), Events: ikeEvents{r}, Log: log,
+		Connections: conns, Broker: broker, SAD: entries, VICI: n.IPsec.VICI, Levels: levels(kmes), RekeyReserve: n.IPsec.Reserve, Events: ikeEvents{r}, Log: log,
 	})
 	if err != nil {
 		return nil, err
