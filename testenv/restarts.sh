@@ -105,7 +105,8 @@ pings_end() {
     done
 }
 clean() { capture_stop "$1" && quantum_only "$1"; }
-one_ping() { nsenter --net="/run/netns/$1" ping -q -c 1 -W 1 "$2" >>"$GW/pings.log" 2>&1; }
+# one_ping N ADDRESS [OPTIONS]
+one_ping() { nsenter --net="/run/netns/$1" ping -q -c 1 -W 1 "${@:3}" "$2" >>"$GW/pings.log" 2>&1; }
 # shut: no ping passes, either way.
 shut() { ! one_ping ha 10.2.0.2 && ! one_ping hb 10.1.0.2; }
 
@@ -144,7 +145,7 @@ all_up() {
 }
 
 cell() { # NODE:HOW:WHAT
-    local n how what peer old name=${1//[:,]/-} began=$SECONDS
+    local how what peer old n name=${1//[:,]/-} began=$SECONDS
     IFS=: read -r n how what <<<"$1"
     peer=$(other "$n")
     note "cell $1"
@@ -228,6 +229,8 @@ cells() {
 guarded() { qipsec "$1" guard status >>"$GW/$1/log/guard.log" 2>&1; }
 guarded_both() { guarded a && guarded b; }
 guard() { qipsec "$1" guard install >>"$GW/$1/log/guard.log" 2>&1 || fail "no guard: $(tail -n 3 "$GW/$1/log/guard.log")"; }
+# What was blocked stays so over a change of the config, until it is removed.
+guard_anew() { qipsec "$1" guard remove >>"$GW/$1/log/guard.log" 2>&1 && guard "$1"; }
 from_a() { wire boot-a 'src net 10.1.0.0/24'; }
 
 # charon_flushed N: no SA, and no policy but the guard's: those have no template.
@@ -335,7 +338,7 @@ peer_in_r() {
     [ -z "${task_pid[a/charon]:-}" ] || all_down stop
     selectors a '"10.1.0.0/24"' '"10.2.0.0/24", "192.0.2.0/24"'
     selectors b '"10.2.0.0/24", "192.0.2.0/24"' '"10.1.0.0/24"'
-    for n in a b; do guard "$n"; done
+    for n in a b; do guard_anew "$n"; done
     capture_start peer-in-r || fail "tcpdump does not capture"
     check "peer_in_r: a reaches neither b's network nor b nor its neighbours in R" bound_to_b
     check "peer_in_r: and hears neither" hears_nothing
@@ -343,7 +346,8 @@ peer_in_r() {
     check "peer_in_r: the tunnel comes up: IKE, ESP and Type-1 pass the guard" await 120 tunnel_up
     check "peer_in_r: it carries traffic to b's network" await 20 one_ping ha 10.2.0.2
     check "peer_in_r: and to b's own address" await 20 one_ping ha 192.0.2.2
-    check "peer_in_r: what is not of local_ts still does not reach b" eval '! one_ping a 192.0.2.2'
+    # without -I, a's packets have the source of charon's route: 10.1.0.1, of local_ts
+    check "peer_in_r: what is not of local_ts still does not reach b" eval '! one_ping a 192.0.2.2 -I 192.0.2.1'
     rekeys_and_crashes peer_in_r
     capture_stop peer-in-r
     check "peer_in_r: Type-1 went in clear, $(wire peer-in-r "$type1") packets" [ "$(wire peer-in-r "$type1")" -gt 0 ]
@@ -356,7 +360,7 @@ peer_in_both() {
     [ -z "${task_pid[a/charon]:-}" ] || all_down stop
     selectors a '"10.1.0.0/24", "192.0.2.1/32"' '"10.2.0.0/24", "192.0.2.2/32"'
     selectors b '"10.2.0.0/24", "192.0.2.2/32"' '"10.1.0.0/24", "192.0.2.1/32"'
-    for n in a b; do guard "$n"; done
+    for n in a b; do guard_anew "$n"; done
     capture_start peer-in-both || fail "tcpdump does not capture"
     check "peer_in_both: a reaches neither b nor its network" bound_to_b
     check "peer_in_both: and hears neither" hears_nothing
@@ -365,6 +369,13 @@ peer_in_both() {
     check "peer_in_both: it carries traffic between the networks" await 20 one_ping ha 10.2.0.2
     check "peer_in_both: and between the gateways' own addresses" await 20 one_ping a 192.0.2.2
     rekeys_and_crashes peer_in_both
+    all_down stop
+    sed -i 's/^start = "now"/start = "trap"/' "$GW/a/run/etc/qipsecd.toml"
+    all_up
+    node_start ha tempt ping -i 0.5 -W 1 10.2.0.2
+    check "peer_in_both: with a trap instead, traffic brings the tunnel up: Type-1 does not fall into it" await 120 tunnel_up
+    node_stop ha tempt
+    sed -i 's/^start = "trap"/start = "now"/' "$GW/a/run/etc/qipsecd.toml"
     capture_stop peer-in-both
     check "peer_in_both: nothing but Type-1 left a in clear" [ "$(stray peer-in-both)" = 0 ]
     check "peer_in_both: and all ESP had quantum keys" quantum_esp peer-in-both
