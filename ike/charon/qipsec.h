@@ -39,7 +39,7 @@ typedef struct {
 	bool overflow;
 } qi_frame_t;
 
-/** One call of qipsecd. call_init(), the TLVs, call_run(), call_done(). */
+/** One call of qipsecd. qi_call_init(), the TLVs, qi_call_run(), qi_call_done(). */
 typedef struct {
 	qi_frame_t frame;
 	int fd;
@@ -49,7 +49,7 @@ typedef struct {
 	uint64_t deadline;
 	/** type of the answer */
 	uint8_t kind;
-	/** why call_run() or call_next() gave FALSE; one line, no secrets */
+	/** why qi_call_run() or qi_call_next() gave FALSE; one line, no secrets */
 	char why[512];
 } qi_call_t;
 
@@ -66,6 +66,9 @@ void qi_call_init(qi_call_t *call, uint8_t kind);
 
 /** Sends the request and reads the answer; FALSE: refused, failed or late. */
 bool qi_call_run(qi_call_t *call);
+
+/** The same, for a request that OK alone answers. */
+bool qi_call_ok(qi_call_t *call);
 
 /** Sends a frame without TLVs in the same call and reads the next answer. */
 bool qi_call_next(qi_call_t *call, uint8_t kind);

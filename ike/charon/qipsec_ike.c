@@ -229,9 +229,8 @@ static bool get_key(ike_sa_t *ike_sa, state_t *state, uint8_t key_id[KEY_ID_LEN]
 	qi_call_init(&call, QI_GETKEY);
 	put_sa(&call, ike_sa);
 	put_peer(&call, ike_sa->get_other_host(ike_sa));
-	good = qi_call_run(&call);
-	if (good && (call.kind != QI_OK ||
-				 !qi_get(&call, QI_T_POLICY, 1, 1, &value)))
+	good = qi_call_ok(&call);
+	if (good && !qi_get(&call, QI_T_POLICY, 1, 1, &value))
 	{
 		strcpy(call.why, "qipsecd's answer to GETKEY is incomplete");
 		good = FALSE;
@@ -434,13 +433,8 @@ static bool bind_child(qi_call_t *call, ike_sa_t *ike_sa, state_t *state,
 		qi_put(call, QI_T_CONFIRM, confirm->ptr, confirm->len);
 	}
 	qi_put_u8(call, QI_T_PEER_SPEAKS, state->speaks);
-	if (!qi_call_run(call))
+	if (!qi_call_ok(call))
 	{
-		return FALSE;
-	}
-	if (call->kind != QI_OK)
-	{
-		strcpy(call->why, "qipsecd's answer does not belong to BIND");
 		return FALSE;
 	}
 	if (!qi_expect(*chunks[0], *chunks[1], *chunks[2], *chunks[3]))
@@ -699,9 +693,8 @@ static void send_child(ike_sa_t *ike_sa, state_t *state, message_t *message)
 		qi_put(&call, QI_T_NI, ni.ptr, ni.len);
 		put_id(&call, QI_T_INITIATOR_ID, mine.len ? mine : state->idi);
 		qi_put_u8(&call, QI_T_EXCHANGE, exchange);
-		good = qi_call_run(&call);
-		if (good && (call.kind != QI_OK ||
-					 !qi_get(&call, QI_T_CONFIRM, CONFIRM_LEN, CONFIRM_LEN, &c_i)))
+		good = qi_call_ok(&call);
+		if (good && !qi_get(&call, QI_T_CONFIRM, CONFIRM_LEN, CONFIRM_LEN, &c_i))
 		{
 			strcpy(call.why, "qipsecd's answer to SENT is incomplete");
 			good = FALSE;

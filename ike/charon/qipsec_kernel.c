@@ -420,8 +420,8 @@ static status_t query_sa(kernel_interface_t *this, kernel_ipsec_sa_id_t *id,
 	}
 	qi_call_init(&call, QI_QUERY);
 	put_id(&call, id);
-	good = qi_call_run(&call);
-	if (good && (call.kind != QI_OK || !qi_get_u64(&call, QI_T_BYTES, &n[0]) ||
+	good = qi_call_ok(&call);
+	if (good && (!qi_get_u64(&call, QI_T_BYTES, &n[0]) ||
 				 !qi_get_u64(&call, QI_T_PACKETS, &n[1]) ||
 				 !qi_get_u64(&call, QI_T_LAST_USE, &n[2])))
 	{
@@ -474,7 +474,7 @@ static status_t update_sa(kernel_interface_t *this, kernel_ipsec_sa_id_t *id,
 	put_host(&call, QI_T_NEW_DST, data->new_dst);
 	qi_put_u8(&call, QI_T_ENCAP, !!data->encap);
 	qi_put_u8(&call, QI_T_NEW_ENCAP, !!data->new_encap);
-	good = qi_call_run(&call);
+	good = qi_call_ok(&call);
 	if (!good)
 	{
 		DBG1(DBG_KNL, "qipsec: connection '%s': SA %.8x not moved: %s",

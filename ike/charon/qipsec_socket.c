@@ -320,6 +320,20 @@ bool qi_call_run(qi_call_t *call)
 	return good;
 }
 
+bool qi_call_ok(qi_call_t *call)
+{
+	if (!qi_call_run(call))
+	{
+		return FALSE;
+	}
+	if (call->kind != QI_OK)
+	{
+		fail(call, "answer %u does not belong to %s", call->kind, call->name);
+		return FALSE;
+	}
+	return TRUE;
+}
+
 bool qi_call_next(qi_call_t *call, uint8_t kind)
 {
 	bool old = thread_cancelability(FALSE), good;
@@ -372,7 +386,7 @@ static void *keep(void *unused)
 		{
 			qi_put(call, QI_T_OFF, this_socket.off, strlen(this_socket.off));
 		}
-		there = qi_call_run(call);
+		there = qi_call_ok(call);
 		if (there)
 		{
 			DBG1(DBG_CFG, "qipsec: qipsecd is there (%s)",
