@@ -2,6 +2,11 @@
 # charon-plugin.sh: build the charon plugin for the strongSwan installed here.
 #
 # usage: scripts/charon-plugin.sh OUTDIR       makes OUTDIR/libstrongswan-qipsec.so
+#        scripts/charon-plugin.sh --flags      prints the compiler's flags, one a line
+#        scripts/charon-plugin.sh --libraries  and what it is linked with
+#
+# The last two are for scripts/plugin-check.sh and build nothing; --flags takes a
+# source of any version.
 #
 # Distributions ship no headers for charon plugins, and a plugin fits one
 # version only. So this fetches the source of exactly the installed version
@@ -30,7 +35,7 @@ trap 'exit 143' TERM
 say() { printf 'charon-plugin: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-# find_charon: sets libdir and version (of upstream) from what is installed.
+# find_charon: sets libdir, libraries and version (of upstream) from what is installed.
 find_charon() {
     for libdir in /usr/lib/ipsec /usr/lib/strongswan /usr/lib64/strongswan /usr/local/lib/ipsec; do
         [ ! -e "$libdir/libcharon.so.0" ] || break
@@ -47,6 +52,7 @@ find_charon() {
         version=$(swanctl --version 2>/dev/null | sed -n 's/^strongSwan swanctl \([0-9.]*\).*/\1/p')
     fi
     [ -n "$version" ] || die "cannot tell the version of the installed strongSwan"
+    libraries=("$libdir/libcharon.so.0" "$libdir/libstrongswan.so.0")
 }
 
 # source_lists: apt sources for the source packages, at the mirrors that offer
@@ -128,9 +134,9 @@ prepare_tree() {
 }
 
 # configure DIR: DIR/config.h. What is enabled does not matter for headers, but for
-# the two that Debian has; mediation is a definition of the compiler, see compile.
+# the two that Debian has; mediation is a definition of the compiler, see compiler_flags.
 configure() {
-    say "configuring the source of strongSwan $version (once, about half a minute)"
+    say "configuring the source of strongSwan (once, about half a minute)"
     [ -x "$1/src/configure" ] || (cd "$1/src" && ./autogen.sh) >"$1/configure.log" 2>&1 ||
         die "$1/src has no configure, and autogen.sh failed"
     if ! (mkdir "$1/build" && cd "$1/build" &&
@@ -142,13 +148,9 @@ configure() {
     rm -rf -- "$1/build"
 }
 
-# compile OUTDIR
-compile() {
-    local out=$1/libstrongswan-qipsec.so have
-    have=$(sed -n 's/^#define PACKAGE_VERSION "\(.*\)"$/\1/p' "$config")
-    [ "$have" = "$version" ] ||
-        die "the source is strongSwan $have, installed is $version. A plugin of another version would crash charon; refused."
-    local -a flags=(-O2 -g -fPIC -shared -std=gnu11 -fvisibility=hidden -fstack-protector-strong
+# compiler_flags: sets flags, for the headers of the tree and the installed build.
+compiler_flags() {
+    flags=(-O2 -g -fPIC -std=gnu11 -fvisibility=hidden -fstack-protector-strong
         -D_FORTIFY_SOURCE=2 -Wall -Wextra -Werror
         # strongSwan's printf hooks and METHOD() need these three
         -Wno-format -Wno-unused-parameter -Wno-pointer-sign
@@ -159,18 +161,39 @@ compile() {
     if grep -q ' connect_manager_create$' <<<"$symbols"; then flags+=(-DME); fi
     # shellcheck disable=SC2206
     flags+=(${CHARON_PLUGIN_DEFINES:-})
+}
+
+# compile OUTDIR
+compile() {
+    local out=$1/libstrongswan-qipsec.so have
+    have=$(sed -n 's/^#define PACKAGE_VERSION "\(.*\)"$/\1/p' "$config")
+    [ "$have" = "$version" ] ||
+        die "the source is strongSwan $have, installed is $version. A plugin of another version would crash charon; refused."
     local -a sources=("$plugin"/*.c)
     [ -e "${sources[0]}" ] || die "no C source in $plugin"
     mkdir -p -- "$1"
     # Linked against the installed libraries, so that a symbol they lack is found
     # here and not when charon starts.
-    "${CC:-gcc}" "${flags[@]}" -o "$out.tmp.$$" "${sources[@]}" "$libdir/libcharon.so.0" "$libdir/libstrongswan.so.0" \
+    "${CC:-gcc}" "${flags[@]}" -shared -o "$out.tmp.$$" "${sources[@]}" "${libraries[@]}" \
         -Wl,-z,defs,-z,relro,-z,now,--allow-shlib-undefined || { rm -f -- "$out.tmp.$$"; die "the plugin does not compile"; }
     mv -- "$out.tmp.$$" "$out"
 }
 
-[ $# = 1 ] || die "usage: scripts/charon-plugin.sh OUTDIR"
+[ $# = 1 ] || die "usage: scripts/charon-plugin.sh OUTDIR | --flags | --libraries"
 command -v "${CC:-gcc}" nm >/dev/null || die "no compiler: run scripts/deps.sh build"
 find_charon
-prepare_tree
-compile "$1"
+case $1 in
+--libraries)
+    printf '%s\n' "${libraries[@]}"
+    ;;
+--flags)
+    prepare_tree
+    compiler_flags
+    printf '%s\n' "${flags[@]}"
+    ;;
+*)
+    prepare_tree
+    compiler_flags
+    compile "$1"
+    ;;
+esac

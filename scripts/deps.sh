@@ -3,9 +3,11 @@
 #
 # usage: scripts/deps.sh GROUP...
 #
-#   build    what compiles the charon plugin
-#   tunnel   what the tunnel scenarios run: strongSwan's charon, tcpdump, sshd, ...
-#            and, where the running kernel has no ESP, user-mode-linux
+#   build        what compiles the charon plugin
+#   plugincheck  what scripts/plugin-check.sh needs besides
+#   tunnel       what the tunnel scenarios run: strongSwan's charon, tcpdump, sshd,
+#                ... and, where the running kernel has no ESP, user-mode-linux
+#   test         what the tests need besides
 #
 # Installs missing packages only; when all are there it prints nothing and
 # changes nothing. Otherwise it lists what it installs and why. On a terminal it
@@ -38,6 +40,11 @@ group_packages() {
 		bzip2|unpacks the strongSwan source, whose headers the plugin needs
 		END
         ;;
+    plugincheck)
+        cat <<-'END'
+		clang|its analyser reads the C of the charon plugin
+		END
+        ;;
     tunnel)
         cat <<-'END'
 		charon-systemd|the IKEv2 daemon, run in network namespaces
@@ -64,7 +71,7 @@ group_packages() {
 		python3|the second implementation behind the test vectors
 		END
         ;;
-    *) die "unknown group '$1' (build, tunnel, test)" ;;
+    *) die "unknown group '$1' (build, plugincheck, tunnel, test)" ;;
     esac
 }
 
@@ -122,7 +129,7 @@ ask() {
 }
 
 main() {
-    [ $# -gt 0 ] || die "usage: scripts/deps.sh build|tunnel|test ..."
+    [ $# -gt 0 ] || die "usage: scripts/deps.sh build|plugincheck|tunnel|test ..."
     local lines
     lines=$(missing_packages "$@")
     [ -n "$lines" ] || exit 0
