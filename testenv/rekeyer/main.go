@@ -2,6 +2,9 @@
 // operator sockets, and waits for each until both ends hold the same fresh SAs.
 // It prints what it saw; exit status 1 if a rekey did not come or a Key-ID came
 // twice. One process instead of many: the machine of the scenarios is slow.
+//
+// With -vici the sockets are charon's, for a connection without Q-IPsec; then the
+// SPIs stand for the Key-ID.
 package main
 
 import (
@@ -11,6 +14,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -24,10 +28,18 @@ func main() {
 	flag.StringVar(&r.conn, "connection", "a-b", "its `name`, at both ends")
 	flag.IntVar(&r.count, "count", 100, "rekeys")
 	flag.DurationVar(&r.patience, "patience", 30*time.Second, "bound of one rekey")
+	flag.DurationVar(&r.interval, "interval", 0, "from the beginning of a rekey to that of the next, at least")
+	stock := flag.Bool("vici", false, "the sockets are charon's")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	r.ends = [2]*operator.Client{operator.NewClient(*a), operator.NewClient(*b)}
+	for i, socket := range []string{*a, *b} {
+		if *stock {
+			r.ends[i] = &charon{socket: socket, conn: r.conn}
+		} else {
+			r.ends[i] = &qipsecd{operator.NewClient(socket), r.conn}
+		}
+	}
 	if err := r.all(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "rekeyer:", err)
 		os.Exit(1)
@@ -35,10 +47,11 @@ func main() {
 }
 
 type run struct {
-	ends     [2]*operator.Client
+	ends     [2]gateway
 	conn     string
 	count    int
 	patience time.Duration
+	interval time.Duration
 	seen     map[string]bool // Key-IDs that keyed a CHILD_SA
 }
 
@@ -51,7 +64,7 @@ func (r *run) all(ctx context.Context) error {
 	var took []time.Duration
 	for i := range r.count {
 		start := time.Now()
-		if err := r.ends[i%2].Do(ctx, r.conn, operator.Rekey); err != nil {
+		if err := r.ends[i%2].rekey(ctx); err != nil {
 			return fmt.Errorf("rekey %d: %w", i+1, err)
 		}
 		next, err := r.await(ctx, id)
@@ -67,6 +80,7 @@ func (r *run) all(ctx context.Context) error {
 		if (i+1)%25 == 0 {
 			fmt.Printf("%d rekeys\n", i+1)
 		}
+		time.Sleep(time.Until(start.Add(r.interval)))
 	}
 	slices.Sort(took)
 	fmt.Printf("%d rekeys, %d Key-IDs, a rekey took %v (median), %v at most\n", r.count, len(r.seen),
@@ -94,21 +108,16 @@ func (r *run) await(ctx context.Context, old string) (string, error) {
 
 func (r *run) common(ctx context.Context, old string) (string, error) {
 	var prints [2]map[string]string // by Key-ID and SPI
-	for i, c := range r.ends {
-		sas, err := c.SAs(ctx)
+	for i, g := range r.ends {
+		sas, err := g.sas(ctx)
 		if err != nil {
 			return "", err
 		}
-		prints[i] = map[string]string{}
-		for _, sa := range sas {
-			if sa.Connection == r.conn && sa.Committed {
-				prints[i][sa.KeyID+" "+sa.SPI] = sa.Fingerprint
-			}
-		}
+		prints[i] = sas
 	}
 	count := map[string]int{}
 	for k, f := range prints[0] {
-		if id := k[:36]; prints[1][k] == f && f != "" && id != old && !r.seen[id] {
+		if id, _, _ := strings.Cut(k, " "); prints[1][k] == f && f != "" && id != old && !r.seen[id] {
 			count[id]++
 		}
 	}
