@@ -178,22 +178,24 @@ func checkNotices(ns []Notice) error {
 // A pull names no pool: the KSA answers only with notices meant for the asker.
 func (r *PullRequest) pools() []uuid.UUID { return nil }
 
-func (r *PullRequest) check() error {
-	if len(r.KeyIDs) > MaxNotices {
-		return fmt.Errorf("type1: more than %d Key-IDs", MaxNotices)
-	}
-	return nil
-}
+func (r *PullRequest) check() error { return atMost(MaxNotices, r.KeyIDs) }
 
 func (r *PullResponse) check() error { return checkNotices(r.Notices) }
 
 // Nor does this one: each node is told of its own keys.
 func (r *SettledRequest) pools() []uuid.UUID { return nil }
-func (r *SettledRequest) check() error       { return nil }
+func (r *SettledRequest) check() error       { return atMost(MaxSettled, r.Due) }
 
 func (r *SettledResponse) check() error {
-	if len(r.KeyIDs) > MaxSettled {
-		return fmt.Errorf("type1: more than %d Key-IDs", MaxSettled)
+	if r.More && len(r.KeyIDs) == 0 {
+		return errors.New("type1: more is said to come after nothing")
+	}
+	return errors.Join(atMost(MaxSettled, r.KeyIDs), atMost(MaxSettled, r.Held))
+}
+
+func atMost(n int, ids []key.ID) error {
+	if len(ids) > n {
+		return fmt.Errorf("type1: more than %d Key-IDs", n)
 	}
 	return nil
 }

@@ -28,7 +28,7 @@ const (
 	MaxLease    = 1 << 16 // blocks that one lease covers
 	MaxRanges   = 1 << 16 // ranges in a block list of sync
 	MaxNotices  = 1024    // notices, or Key-IDs of a pull
-	MaxSettled  = 1 << 13 // Key-IDs in one answer to pullSettled
+	MaxSettled  = 1 << 13 // Key-IDs in one pullSettled, and of each kind in its answer
 	MaxKeep     = 1 << 17 // Key-IDs kept of a burned lease
 	maxTag      = 32      // bytes
 )
@@ -240,12 +240,14 @@ type PullResponse struct {
 // SettledRequest asks which of the sender's keys were settled at the receiver:
 // fetched, or expired and counted there. It confirms that all before UpTo came.
 type SettledRequest struct {
-	UpTo uint64 `json:"up_to"` // of the last answer; 0: none
+	UpTo uint64   `json:"up_to"`         // of the last answer; 0: none
+	Due  []key.ID `json:"due,omitempty"` // which of these are still held there?
 }
 
 // SettledResponse holds what was settled since.
 type SettledResponse struct {
 	KeyIDs []key.ID `json:"key_ids"`
 	UpTo   uint64   `json:"up_to"`
-	More   bool     `json:"more"` // there is more to ask for at once
+	More   bool     `json:"more"`           // there is more to ask for at once
+	Held   []key.ID `json:"held,omitempty"` // of Due: not settled yet
 }

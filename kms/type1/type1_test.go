@@ -60,7 +60,7 @@ var (
 	wantLease    = LeaseResponse{Mark: Position(key.At(3, 8)), Missing: []uint64{3}}
 	wantBurn     = BurnResponse{Keep: []key.ID{keyID}}
 	wantSync     = SyncResponse{SyncState{Instance: link.To, Generation: 4, Mark: Position(key.At(3, 8)), NewestSeq: 9, Received: []Range{}, Active: []Range{{3, 5}, {7, 7}}}}
-	wantSettled  = SettledResponse{KeyIDs: []key.ID{keyID}, UpTo: 1<<52 + 1, More: true}
+	wantSettled  = SettledResponse{KeyIDs: []key.ID{keyID}, UpTo: 1<<52 + 1, More: true, Held: []key.ID{{7}}}
 	aNotice      = Notice{Pool: poolID, Position: Position(key.At(3, 2)), KeyID: keyID, MasterSAE: "sae-a", SlaveSAEs: []string{"sae-b"}, SizeBits: 256, TTLSeconds: 60}
 )
 
@@ -181,7 +181,7 @@ func TestCalls(t *testing.T) {
 	f := newFixture(t)
 	c := f.client(t, "a")
 	v, l, b, s := sampleRequests()
-	n, p, e := NoticeRequest{Notices: []Notice{aNotice}}, PullRequest{KeyIDs: []key.ID{keyID}}, SettledRequest{UpTo: 1 << 52}
+	n, p, e := NoticeRequest{Notices: []Notice{aNotice}}, PullRequest{KeyIDs: []key.ID{keyID}}, SettledRequest{UpTo: 1 << 52, Due: []key.ID{keyID}}
 	tests := []struct {
 		name       string
 		sent, want any
@@ -395,17 +395,24 @@ func TestAnswers(t *testing.T) {
 			t.Errorf("%s: the peer's text goes to our log: %q", name, err)
 		}
 	}
-	big, err := json.Marshal(SettledResponse{KeyIDs: make([]key.ID, MaxSettled+1)})
-	if err != nil {
-		t.Fatal(err)
+	text := func(r SettledResponse) string {
+		b, err := json.Marshal(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
 	}
 	for name, answer := range map[string]string{
-		"negative": `{"key_ids":[],"up_to":-1,"more":false}`, "unknown field": `{"key_ids":[],"up_to":1,"more":false,"x":1}`, "too many": string(big),
+		"negative": `{"key_ids":[],"up_to":-1,"more":false}`, "unknown field": `{"key_ids":[],"up_to":1,"more":false,"x":1}`, "more after nothing": `{"key_ids":[],"up_to":1,"more":true}`,
+		"too many": text(SettledResponse{KeyIDs: make([]key.ID, MaxSettled+1)}), "too many held": text(SettledResponse{Held: make([]key.ID, MaxSettled+1)}),
 	} {
 		status, body = 200, answer
 		if _, err := long.PullSettled(t.Context(), SettledRequest{}); err == nil {
 			t.Errorf("%s: taken", name)
 		}
+	}
+	if err := (&SettledRequest{Due: make([]key.ID, MaxSettled+1)}).check(); err == nil {
+		t.Error("a question about too many keys is taken")
 	}
 	l.Mark = 0
 	if _, err := c.Lease(t.Context(), l); err == nil || CodeOf(err) != "" {
@@ -470,7 +477,7 @@ func TestRanges(t *testing.T) {
 // same after a second trip.
 func FuzzRequests(f *testing.F) {
 	v, l, b, s := sampleRequests()
-	for i, m := range []any{v, l, b, s, NoticeRequest{Notices: []Notice{aNotice}}, PullRequest{KeyIDs: []key.ID{keyID}}, SettledRequest{UpTo: 7}} {
+	for i, m := range []any{v, l, b, s, NoticeRequest{Notices: []Notice{aNotice}}, PullRequest{KeyIDs: []key.ID{keyID}}, SettledRequest{UpTo: 7, Due: []key.ID{{7}}}} {
 		text, err := json.Marshal(m)
 		if err != nil {
 			f.Fatal(err)
