@@ -142,14 +142,14 @@ func (p peersForKSA) PullNotices(ctx context.Context, peer string, ids []key.ID)
 	return out, nil
 }
 
-// PullSettled asks which of our keys were settled.
-func (p peersForKSA) PullSettled(ctx context.Context, peer string, upTo uint64) (ksa.Settled, error) {
+// PullSettled asks which of our keys were settled, and which of due are held.
+func (p peersForKSA) PullSettled(ctx context.Context, peer string, upTo uint64, due []key.ID) (ksa.Settled, error) {
 	c := p[peer]
 	if c == nil {
 		return ksa.Settled{}, errNoPeer
 	}
-	r, err := c.PullSettled(ctx, type1.SettledRequest{UpTo: upTo})
-	return ksa.Settled{IDs: r.KeyIDs, UpTo: r.UpTo, More: r.More}, err
+	r, err := c.PullSettled(ctx, type1.SettledRequest{UpTo: upTo, Due: due})
+	return ksa.Settled{IDs: r.KeyIDs, UpTo: r.UpTo, More: r.More, Held: r.Held}, err
 }
 
 // supplyForType1 is the KSA in Type-1's terms.
@@ -180,8 +180,8 @@ func (a supplyForType1) PullNotice(_ context.Context, peer string, r type1.PullR
 
 // PullSettled answers with the peer's keys that were settled.
 func (a supplyForType1) PullSettled(_ context.Context, peer string, r type1.SettledRequest) (type1.SettledResponse, error) {
-	s := a.Settled(peer, r.UpTo)
-	return type1.SettledResponse{KeyIDs: append([]key.ID{}, s.IDs...), UpTo: s.UpTo, More: s.More}, nil
+	s := a.Settled(peer, r.UpTo, r.Due)
+	return type1.SettledResponse{KeyIDs: append([]key.ID{}, s.IDs...), UpTo: s.UpTo, More: s.More, Held: s.Held}, nil
 }
 
 func toType1(n ksa.Notice) type1.Notice {

@@ -40,7 +40,7 @@ func TestUnknownPeer(t *testing.T) {
 	if err := p.SendNotices(t.Context(), "b", []ksa.Notice{{}}); !errors.Is(err, errNoPeer) {
 		t.Errorf("%v", err)
 	}
-	if _, err := p.PullSettled(t.Context(), "b", 0); !errors.Is(err, errNoPeer) {
+	if _, err := p.PullSettled(t.Context(), "b", 0, nil); !errors.Is(err, errNoPeer) {
 		t.Errorf("%v", err)
 	}
 	if _, err := p.PullNotices(t.Context(), "b", []key.ID{{}}); !errors.Is(err, errNoPeer) {

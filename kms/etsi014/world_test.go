@@ -192,8 +192,8 @@ func (w wire) SendNotices(ctx context.Context, _ string, n []ksa.Notice) error {
 	return (*w.to).Receive(ctx, w.from, n)
 }
 
-func (w wire) PullSettled(_ context.Context, _ string, upTo uint64) (ksa.Settled, error) {
-	return (*w.to).Settled(w.from, upTo), nil
+func (w wire) PullSettled(_ context.Context, _ string, upTo uint64, due []key.ID) (ksa.Settled, error) {
+	return (*w.to).Settled(w.from, upTo, due), nil
 }
 
 func (w wire) PullNotices(_ context.Context, _ string, ids []key.ID) (ns []ksa.Notice, _ error) {

@@ -70,7 +70,7 @@ type Peers interface {
 	// has. An error means that peer did not answer.
 	PullNotices(ctx context.Context, peer string, ids []key.ID) ([]Notice, error)
 	// PullSettled asks peer's Settled.
-	PullSettled(ctx context.Context, peer string, upTo uint64) (Settled, error)
+	PullSettled(ctx context.Context, peer string, upTo uint64, due []key.ID) (Settled, error)
 }
 
 // EventKind says what an Event is about.
@@ -78,10 +78,11 @@ type EventKind string
 
 // The events of the KSA.
 const (
-	Supplied EventKind = "supplied" // GetKey gave a key to the master SAE
-	Fetched  EventKind = "fetched"  // GetKeyWithID gave it to the slave SAE
-	Stranded EventKind = "stranded" // supplied on one side, never fetched on the other; gone on both
-	Refused  EventKind = "refused"  // an SAE or a node asked for what is not its own
+	Supplied  EventKind = "supplied"  // GetKey gave a key to the master SAE
+	Fetched   EventKind = "fetched"   // GetKeyWithID gave it to the slave SAE
+	Stranded  EventKind = "stranded"  // supplied on one side, never fetched on the other; gone on both
+	Uncounted EventKind = "uncounted" // perhaps stranded: the peer did not say, and there is no room to wait any longer; once for many keys
+	Refused   EventKind = "refused"   // an SAE or a node asked for what is not its own
 )
 
 // Event is one line of the usage history or one refusal. It holds no key bytes.
@@ -122,8 +123,8 @@ type Agent struct {
 	saes  map[string]*sae
 	nodes map[string]bool // the other nodes of the table
 	in    inbox
-	out   outbox
-	pulls chan struct{} // semaphore: pulls under way
+	out   map[string]*queue // by node; the map is fixed
+	pulls chan struct{}     // semaphore: pulls under way
 }
 
 // New checks the options, of which it reports every fault of the SAE table.
@@ -146,14 +147,14 @@ func New(o Options) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{o: o, saes: t, nodes: make(map[string]bool), pulls: make(chan struct{}, maxPulls)}
+	a := &Agent{o: o, saes: t, nodes: make(map[string]bool), out: make(map[string]*queue), pulls: make(chan struct{}, maxPulls)}
 	for _, s := range t {
 		if s.Node != o.Node {
 			a.nodes[s.Node] = true
+			a.out[s.Node] = newQueue(4 * o.MaxNotices)
 		}
 	}
 	a.in.init(o.MaxNotices, a.nodes)
-	a.out.init(4*o.MaxNotices, a.nodes)
 	return a, nil
 }
 
@@ -164,9 +165,10 @@ func orDefault[T int | time.Duration](v, d T) T {
 	return v
 }
 
-// Run sends supply notices and lets notices expire until ctx ends; then it
-// tries once more, for a second, to send what is unsent and to let the peers
-// know what was settled, and wipes what is held. GetKey and GetKeyWithID must not be called after that.
+// Run sends supply notices, asks what became of their keys, and lets notices
+// expire until ctx ends; then it tries once more, for a second, to send what is
+// unsent and to let the peers know what was settled, and wipes what is held.
+// GetKey and GetKeyWithID must not be called after that.
 func (a *Agent) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for peer := range a.nodes {
@@ -262,7 +264,12 @@ func (a *Agent) supply(ctx context.Context, m, s *sae, number, sizeBits int) (ke
 	if err := ctx.Err(); err != nil {
 		return keys, a.unavailable(err) // nobody is there to receive them
 	}
-	if err := a.out.add(s.Node, notices(taken, m.ID, slaves, sizeBits), a.o.Now().Add(a.o.TTL)); err != nil {
+	now := a.o.Now()
+	given, err := a.out[s.Node].add(notices(taken, m.ID, slaves, sizeBits), now, now.Add(a.o.TTL))
+	if given != nil {
+		a.issueEvent(Uncounted, s.Node, given, "the peer does not say what became of keys that it did not fetch in time; while it does not, the oldest of them are not counted")
+	}
+	if err != nil {
 		return keys, a.unavailable(err)
 	}
 	for _, mk := range taken {

@@ -122,6 +122,8 @@ type fakePeers struct {
 	pull  func(ctx context.Context) error
 	extra []Notice // what PullNotices gives besides
 	mute  error    // of PullSettled
+	lie   *Settled // the same
+	asked int      // PullSettled
 	pulls int
 	sent  int
 }
@@ -159,13 +161,17 @@ func (f *fakePeers) PullNotices(ctx context.Context, _ string, ids []key.ID) ([]
 	return append(ns, f.extra...), nil
 }
 
-func (f *fakePeers) PullSettled(_ context.Context, _ string, upTo uint64) (Settled, error) {
+func (f *fakePeers) PullSettled(_ context.Context, _ string, upTo uint64, due []key.ID) (Settled, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.asked++
+	if f.lie != nil {
+		return *f.lie, nil
+	}
 	if f.mute != nil {
 		return Settled{}, f.mute
 	}
-	return f.other().Settled(f.self, upTo), nil
+	return f.other().Settled(f.self, upTo, due), nil
 }
 
 func (f *fakePeers) count() (sent, pulls int) {

@@ -29,8 +29,9 @@ type Notice struct {
 const (
 	maxTTL    = time.Hour
 	shards    = 32
-	maxPulls  = 64  // under way at once, whoever asks; each names MaxPerRequest keys at most
-	batchSize = 256 // notices in one message
+	maxPulls  = 64      // under way at once, whoever asks; each names MaxPerRequest keys at most
+	batchSize = 256     // notices in one message
+	maxSweep  = 1 << 14 // arrivals, which bounds the burst of events
 )
 
 func notices(taken []MasterKey, master string, slaves []string, sizeBits int) []Notice {
@@ -252,18 +253,18 @@ func (a *Agent) KeepOnBurn(pool uuid.UUID, upTo key.Position) []key.ID {
 	return ids
 }
 
-// sweep ends what has expired: an arrival's key, fetched by nobody, is claimed
-// and wiped; an issue whose key the peer has not settled is forgotten.
+// sweep ends arrivals that have expired, maxSweep at once: their keys, fetched by
+// nobody, are claimed and wiped.
 func (a *Agent) sweep(now time.Time) {
-	for _, n := range a.in.collect(func(n *arrival) bool { return !now.Before(n.expires) }) {
-		a.expire(n)
-	}
-	for _, n := range a.out.lost() {
-		why := "the peer took the supply notice, but has not said what became of the key"
-		if !n.taken {
-			why = "the peer has not taken the supply notice"
+	left := maxSweep
+	for _, n := range a.in.collect(func(n *arrival) bool {
+		if left == 0 || now.Before(n.expires) {
+			return false
 		}
-		a.event(Event{Kind: Stranded, Own: true, Peer: n.peer, MasterSAE: n.MasterSAE, SlaveSAE: n.SlaveSAEs[0], Pool: n.Pool, Position: n.Position, KeyID: n.KeyID, Why: why})
+		left--
+		return true
+	}) {
+		a.expire(n)
 	}
 }
 

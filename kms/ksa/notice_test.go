@@ -81,9 +81,7 @@ func TestLostNoticeIsPulled(t *testing.T) {
 	}
 	a.run(t) // what was pulled comes once more, and leaves nothing behind
 	eventually(t, "notices of keys that were supplied are gone", func() bool {
-		a.out.mu.Lock()
-		defer a.out.mu.Unlock()
-		return len(a.out.peer["b"].m) == 0 && b.in.n["a"].Load() == 0
+		return !a.out["b"].waits() && b.in.n["a"].Load() == 0
 	})
 	if _, err := fetch(t, b, "b1", "a1", ids(x)[:1], 0); err == nil {
 		t.Error("a key was supplied twice")
@@ -291,19 +289,16 @@ func TestExpiry(t *testing.T) {
 	wantKind(t, err, "not found")
 	_, err = fetch(t, b, "b1", "a1", ids(y), 0)
 	wantKind(t, err, "not found")
-	a.sweep(a.clock())
 	b.sweep(b.clock())
 	if _, remote := b.keys.left(); remote != 3 || b.keys.unwiped() != 0 || b.in.n["a"].Load() != 0 || b.count(Stranded) != 3 {
 		t.Errorf("%d keys left, %d unwiped, %d notices, %d stranded", remote, b.keys.unwiped(), b.in.n["a"].Load(), b.count(Stranded))
 	}
 	a.settleWith(t)
-	a.sweep(a.clock())
 	if n := a.count(Stranded); n != 0 {
 		t.Errorf("the owner counts %d keys that the peer may still settle", n)
 	}
 	a.advance(settleGrace)
 	a.settleWith(t)
-	a.sweep(a.clock())
 	if n := a.count(Stranded); n != 1 { // the peer has counted the others
 		t.Errorf("%d stranded at the owner", n)
 	}
@@ -326,7 +321,7 @@ func TestNoticesGather(t *testing.T) {
 		{0, hurryTime, gatherTime},
 		{0, hurryTime - 1, 0},
 	} {
-		q := queue{asked: now.Add(-c.asked)}
+		q := &queue{asked: now.Add(-c.asked)}
 		if got := q.gather(now.Add(-c.since), now); got != c.want {
 			t.Errorf("last batch %v ago, pull %v ago: %v, want %v", c.since, c.asked, got, c.want)
 		}
@@ -349,13 +344,13 @@ func TestNoticesGather(t *testing.T) {
 	if most := int(time.Since(begin)/gatherTime) + 2; calls > most {
 		t.Errorf("%d calls for %d notices; %d at most fit into the time", calls, keys, most)
 	}
-	if _, ok := a.Issued("b", key.ID{1}); ok || !a.out.peer["b"].asked.IsZero() {
+	if _, ok := a.Issued("b", key.ID{1}); ok || !a.out["b"].asked.IsZero() {
 		t.Error("a pull of what is not there makes haste")
 	}
-	if err := a.out.add("b", []Notice{{KeyID: key.ID{1}}}, a.clock().Add(time.Minute)); err != nil {
+	if _, err := a.out["b"].add([]Notice{{KeyID: key.ID{1}}}, a.clock(), a.clock().Add(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
-	if _, ok := a.Issued("b", key.ID{1}); !ok || a.out.gather("b", time.Now(), time.Now()) != 0 {
+	if _, ok := a.Issued("b", key.ID{1}); !ok || a.out["b"].gather(time.Now(), time.Now()) != 0 {
 		t.Error("a pull makes no haste")
 	}
 }

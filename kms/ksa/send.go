@@ -21,158 +21,131 @@ const (
 )
 
 // issue is a notice of ours for a key that the peer has not settled yet. The
-// fields behind peer have the outbox's lock.
+// fields behind Notice have the queue's lock.
 type issue struct {
 	Notice
-	peer    string
 	expires time.Time // once taken: when the peer's arrival will have expired
 	taken   bool      // the peer has acknowledged the notice
+	gone    bool      // no longer in m: settled, counted or given up
 }
 
-// outbox holds the issues for each peer.
-type outbox struct {
-	mu   sync.Mutex
-	max  int // issues of one peer
-	peer map[string]*queue
-}
+// due reports whether the key should have been settled long ago.
+func (i *issue) due(now time.Time) bool { return !now.Before(i.expires.Add(settleGrace)) }
 
-// queue holds the issues for one peer by id, to answer pulls and to know what
-// is settled, and those not taken yet in order, to send them.
+// queue holds the issues for one peer.
 type queue struct {
-	m       map[key.ID]*issue
-	pending []*issue
-	known   time.Time     // the peer has told of all that it had settled then
-	asked   time.Time     // when the peer last pulled a notice that was still here
-	wake    chan struct{} // of capacity 1: pending has grown
+	max int
+
+	mu    sync.Mutex
+	m     map[key.ID]*issue // to answer pulls and to know what is settled
+	order []*issue          // those of m as they were issued, with some that are gone between them
+	next  int               // in order: nothing before it is to be sent
+	gave  bool              // issues were given up since m was last empty
+	asked time.Time         // when the peer last pulled a notice that was still here
+	wake  chan struct{}     // of capacity 1: there is something to send
+}
+
+func newQueue(limit int) *queue {
+	return &queue{max: limit, m: make(map[key.ID]*issue), wake: make(chan struct{}, 1)}
 }
 
 // gather is how long the next batch may wait at now, when the last one was
 // begun at last. A notice that comes alone finds that long ago, and waits not.
 func (q *queue) gather(last, now time.Time) time.Duration {
+	q.mu.Lock()
+	defer q.mu.Unlock()
 	if now.Sub(q.asked) < hurryTime {
 		return 0
 	}
 	return max(0, gatherTime-now.Sub(last))
 }
 
-func (b *outbox) init(limit int, peers map[string]bool) {
-	b.max = limit
-	b.peer = make(map[string]*queue, len(peers))
-	for p := range peers {
-		b.peer[p] = &queue{m: make(map[key.ID]*issue), wake: make(chan struct{}, 1)}
-	}
-}
-
-// add is all or nothing.
-func (b *outbox) add(peer string, ns []Notice, expires time.Time) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	q := b.peer[peer]
-	if len(q.m)+len(ns) > b.max {
-		return errFull
+// add is all or nothing. For want of room it gives up what is due, uncounted,
+// lest a peer that does not say what it settled stop the supply; it returns the
+// first that it gives up.
+func (q *queue) add(ns []Notice, now, expires time.Time) (given *Notice, err error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for len(q.m)+len(ns) > q.max {
+		i := q.oldest()
+		if i == nil || !i.due(now) {
+			return given, errFull
+		}
+		q.forget(i)
+		if !q.gave {
+			q.gave, given = true, &i.Notice
+		}
 	}
 	for _, n := range ns {
-		i := &issue{Notice: n, peer: peer, expires: expires}
+		i := &issue{Notice: n, expires: expires}
 		q.m[n.KeyID] = i
-		q.pending = append(q.pending, i)
+		q.order = append(q.order, i)
 	}
 	select {
 	case q.wake <- struct{}{}:
 	default:
 	}
+	return given, nil
+}
+
+// oldest is the issue that was added first, if there is any.
+func (q *queue) oldest() *issue {
+	for len(q.order) > 0 {
+		if i := q.order[0]; !i.gone {
+			return i
+		}
+		q.order[0] = nil
+		q.order, q.next = q.order[1:], max(0, q.next-1)
+	}
 	return nil
 }
 
-// head is the next batch for peer, without what is settled or has expired.
-func (b *outbox) head(peer string, now time.Time) []*issue {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	q := b.peer[peer]
+func (q *queue) forget(i *issue) {
+	delete(q.m, i.KeyID)
+	i.gone = true
+}
+
+// head is the next batch, without what is settled or has expired. It is the same
+// again until it is done.
+func (q *queue) head(now time.Time) []*issue {
+	q.mu.Lock()
+	defer q.mu.Unlock()
 	var batch []*issue
-	for len(batch) < batchSize && len(q.pending) > 0 {
-		i := q.pending[0]
-		q.pending[0] = nil
-		q.pending = q.pending[1:]
-		if q.m[i.KeyID] == i && now.Before(i.expires) {
+	for k := q.next; k < len(q.order) && len(batch) < batchSize; k++ {
+		if i := q.order[k]; !i.gone && !i.taken && now.Before(i.expires) {
 			batch = append(batch, i)
+		} else if len(batch) == 0 {
+			q.next = k + 1
 		}
 	}
 	return batch
 }
 
-// back puts a batch that was not acknowledged first again.
-func (b *outbox) back(peer string, batch []*issue) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	q := b.peer[peer]
-	q.pending = append(batch[:len(batch):len(batch)], q.pending...)
-}
-
 // done notes that a batch was acknowledged; its notices expire there at expires
 // at the latest.
-func (b *outbox) done(batch []*issue, expires time.Time) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
+func (q *queue) done(batch []*issue, expires time.Time) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
 	for _, i := range batch {
 		i.taken, i.expires = true, expires
 	}
 }
 
-// waits reports whether there are keys that peer has not settled yet.
-func (b *outbox) waits(peer string) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return len(b.peer[peer].m) > 0
-}
-
-// settle takes in an answer of peer's to a question that was asked at begun.
-func (b *outbox) settle(peer string, s Settled, begun time.Time) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	q := b.peer[peer]
-	for _, id := range s.IDs {
-		delete(q.m, id)
-	}
-	if !s.More {
-		q.known = begun
-	}
-}
-
-// gather is queue.gather of peer's.
-func (b *outbox) gather(peer string, last, now time.Time) time.Duration {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.peer[peer].gather(last, now)
-}
-
-// lost forgets and returns the issues of keys that their peers cannot settle any
-// more.
-func (b *outbox) lost() []issue {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	var out []issue
-	for _, q := range b.peer {
-		for id, i := range q.m {
-			if !q.known.Before(i.expires.Add(settleGrace)) {
-				delete(q.m, id)
-				out = append(out, *i)
-			}
-		}
-	}
-	return out
-}
-
 // Issued is the notice of id for the node peer, if peer has not acknowledged it
 // yet: the answer to its pull.
 func (a *Agent) Issued(peer string, id key.ID) (Notice, bool) {
-	a.out.mu.Lock()
-	defer a.out.mu.Unlock()
-	q := a.out.peer[peer]
-	if q == nil || q.m[id] == nil || q.m[id].taken {
+	q := a.out[peer]
+	if q == nil {
+		return Notice{}, false
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	i := q.m[id]
+	if i == nil || i.taken {
 		return Notice{}, false
 	}
 	q.asked = time.Now()
-	return q.m[id].now(a.o.Now())
+	return i.now(a.o.Now())
 }
 
 // now is the notice with the time that it still has.
@@ -185,7 +158,7 @@ func (i *issue) now(t time.Time) (Notice, bool) {
 // send delivers the notices for peer until ctx ends. While one batch is on its
 // way the next one gathers, so batches grow with the load; gather adds to that.
 func (a *Agent) send(ctx context.Context, peer string) {
-	wake := a.out.peer[peer].wake
+	q := a.out[peer]
 	pause := firstPause
 	var last time.Time
 	for {
@@ -197,10 +170,10 @@ func (a *Agent) send(ctx context.Context, peer string) {
 				more, err = a.sendBatch(end, peer)
 			}
 			return
-		case <-wake:
+		case <-q.wake:
 		}
 		for ctx.Err() == nil {
-			if d := a.out.gather(peer, last, time.Now()); d > 0 {
+			if d := q.gather(last, time.Now()); d > 0 {
 				sleep(ctx, d)
 			}
 			last = time.Now()
@@ -222,7 +195,8 @@ func (a *Agent) send(ctx context.Context, peer string) {
 // sendBatch sends one batch and reports whether there was one.
 func (a *Agent) sendBatch(ctx context.Context, peer string) (bool, error) {
 	now := a.o.Now()
-	batch := a.out.head(peer, now)
+	q := a.out[peer]
+	batch := q.head(now)
 	if len(batch) == 0 {
 		return false, nil
 	}
@@ -233,10 +207,9 @@ func (a *Agent) sendBatch(ctx context.Context, peer string) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, sendTimeout)
 	defer cancel()
 	if err := a.o.Peers.SendNotices(ctx, peer, ns); err != nil {
-		a.out.back(peer, batch)
 		return true, err
 	}
-	a.out.done(batch, a.o.Now().Add(a.o.TTL))
+	q.done(batch, a.o.Now().Add(a.o.TTL))
 	return true, nil
 }
 
