@@ -165,7 +165,7 @@ func TestBurnRaces(t *testing.T) {
 		}
 		return ns, nil
 	}
-	a.run(t)
+	end := a.run(t)
 	l := newLedger()
 	given := make(chan key.ID, 64)
 	var wg sync.WaitGroup
@@ -220,6 +220,7 @@ func TestBurnRaces(t *testing.T) {
 	wg.Wait()
 	close(stop)
 	burner.Wait()
+	end() // no notice comes after the last sweep
 	b.keys.burn(key.At(1, 2*n), b.KeepOnBurn)
 	b.advance(2 * time.Minute)
 	b.sweep(b.clock())
