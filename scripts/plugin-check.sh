@@ -5,10 +5,10 @@
 #
 # For each source tree of strongSwan, by default that of the installed version:
 # the plugin compiles without a warning, by gcc and by clang, with mediation and
-# without, and clang's analyser finds nothing. Then, with the installed version
-# whatever trees are named, testenv/plugin-asan runs the plugin under
-# AddressSanitizer, LeakSanitizer and UBSan. Every check is a line "ok - ..." or
-# "not ok - ...". A tree out of git needs autoconf, automake, libtool and gperf.
+# without, and clang's analyser finds nothing. Then testenv/plugin-asan runs the
+# plugin under AddressSanitizer, LeakSanitizer and UBSan, always with the installed
+# version, whose source STRONGSWAN_SRC may name. Every check is a line "ok - ..."
+# or "not ok - ...". A tree out of git needs autoconf, automake, libtool and gperf.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -27,7 +27,7 @@ result() {
 
 # read_flags [TREE]: sets flags and version.
 read_flags() {
-    STRONGSWAN_SRC=${1:-} "$root/scripts/charon-plugin.sh" --flags >"$tmp/flags" || return 1
+    STRONGSWAN_SRC=${1:-${STRONGSWAN_SRC:-}} "$root/scripts/charon-plugin.sh" --flags >"$tmp/flags" || return 1
     mapfile -t flags <"$tmp/flags"
     version=$(sed -n '/^-include$/{n;p}' "$tmp/flags" |
         xargs -d '\n' sed -n 's/^#define PACKAGE_VERSION "\(.*\)"$/\1/p')

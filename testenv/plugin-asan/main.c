@@ -26,29 +26,6 @@
 #include "peer.h"
 #include "world.h"
 
-#pragma GCC visibility push(default)
-/* The sanitisers look these up. charon's printf has directives of its own, OpenSSL
- * keeps what it once loaded. ASAN_OPTIONS=fast_unwind_on_malloc=0 shows the whole
- * way to an allocation, at three times the run time. */
-const char *__asan_default_options(void);
-const char *__asan_default_options(void)
-{
-	return "print_suppressions=0:detect_stack_use_after_return=1:check_printf=0";
-}
-
-const char *__ubsan_default_options(void);
-const char *__ubsan_default_options(void)
-{
-	return "print_stacktrace=1";
-}
-
-const char *__lsan_default_suppressions(void);
-const char *__lsan_default_suppressions(void)
-{
-	return "leak:libcrypto.so";
-}
-#pragma GCC visibility pop
-
 static struct {
 	char *socket;
 	u_int cases;
