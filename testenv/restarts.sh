@@ -230,7 +230,10 @@ guarded() { qipsec "$1" guard status >>"$GW/$1/log/guard.log" 2>&1; }
 guarded_both() { guarded a && guarded b; }
 guard() { qipsec "$1" guard install >>"$GW/$1/log/guard.log" 2>&1 || fail "no guard: $(tail -n 3 "$GW/$1/log/guard.log")"; }
 # What was blocked stays so over a change of the config, until it is removed.
-guard_anew() { qipsec "$1" guard remove >>"$GW/$1/log/guard.log" 2>&1 && guard "$1"; }
+guard_anew() {
+    node "$1" "$BIN/qipsec" guard remove >>"$GW/$1/log/guard.log" 2>&1 || fail "the guard is not removed: $(tail -n 3 "$GW/$1/log/guard.log")"
+    guard "$1"
+}
 from_a() { wire boot-a 'src net 10.1.0.0/24'; }
 
 # charon_flushed N: no SA, and no policy but the guard's: those have no template.
