@@ -49,7 +49,7 @@ testbed-down: ## stop the testbed
 	@scripts/testbed.sh down
 
 test: ## every test
-	@scripts/deps.sh build tunnel test
+	@scripts/deps.sh build tunnel plugincheck test
 	@$(MAKE) --no-print-directory build testtools plugin testplugin check
 	@scripts/test.sh
 

@@ -11,7 +11,7 @@
 #
 # Installs missing packages only; when all are there it prints nothing and
 # changes nothing. Otherwise it lists what it installs and why. On a terminal it
-# asks first, unless ASSUME_YES=1; where nobody could answer it goes on: whoever
+# asks first, unless ASSUME_YES=1 or CI is set; where nobody could answer it goes on: whoever
 # calls a target that needs packages wants them.
 #
 # Nothing but packages is changed: no installed service is started (a
@@ -19,7 +19,7 @@
 # back), services that this call brought in are not left enabled for the next
 # boot, and no file of /etc is edited. The output of apt goes to out/deps.log.
 #
-# environment: ASSUME_YES, FORCE_UML (see testenv/README.md), DEPS_LOG
+# environment: ASSUME_YES, CI, FORCE_UML (see testenv/README.md), DEPS_LOG
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -121,7 +121,7 @@ boot_units() {
 }
 
 ask() {
-    [ "${ASSUME_YES:-}" != 1 ] && [ -t 0 ] || return 0
+    [ "${ASSUME_YES:-}" != 1 ] && [ -z "${CI:-}" ] && [ -t 0 ] || return 0
     local answer
     printf 'deps: %s [y/N] ' "$1" >&2
     read -r answer

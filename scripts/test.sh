@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # test.sh: every test, behind `make test`. The Go tests run first, under the race
-# detector; then the scenarios, two at once and the longest first, most of them in
+# detector; then the scenarios, three at once and the longest first, most of them in
 # testenv/run, because they need a kernel with ESP. Logs: out/test/. The last line
 # is "total: N passed, N failed, N skipped".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export TESTENV_TIMEOUT=600
-exec bin/testrun -out out/test \
-    "testenv/run testenv/faults.sh" \
+exec bin/testrun -out out/test -parallel 3 \
+    "testenv/run testenv/matrix.sh" \
     "testenv/run testenv/lifetimes.sh" \
     "testenv/run testenv/late.sh" \
     "testenv/run testenv/demo.sh" \
     "testenv/run testenv/rekeys.sh" \
     "testenv/sad.sh" \
+    "scripts/plugin-check.sh" \
     "testenv/run testenv/secrets.sh" \
     "testenv/run testenv/stock.sh" \
     "scripts/testbed-test.sh" \

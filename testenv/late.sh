@@ -25,8 +25,8 @@ every() {
     for side in i r; do
         for step in GETKEY:1 GETKEY.answer:1 SENT:1 SENT.answer:1 BIND:1 BIND.answer:1 \
             ADD:1 ADD.answer:1 ADD.ACK:1 ADD.COMMITTED:1 ADD:2 ADD.answer:2 ADD.ACK:2 ADD.COMMITTED:2; do
-            case $side:$step in r:GETKEY* | r:SENT*) continue ;; esac
-            for action in cut lose late twice; do echo "$side:$step:$action"; done
+            case $side:$step in r:GETKEY* | r:SENT*) continue ;; esac # only the initiator has them
+            for action in cut lose late; do echo "$side:$step:$action"; done
         done
     done
 }
@@ -117,7 +117,7 @@ main() {
     await 90 settled || fail "no tunnel"
     note "tunnel is up"
     # shellcheck disable=SC2046,SC2086
-    [ $# -gt 0 ] || if [ "${ALL:-}" = 1 ]; then set -- $(every) i:ADD:2:cut:3 storm; else set -- $some; fi
+    [ $# -gt 0 ] || if [ "${ALL:-}" = 1 ]; then set -- $(every) i:BIND:1:twice i:BIND.answer:1:twice i:ADD.answer:1:twice r:ADD.COMMITTED:1:twice i:ADD:2:cut:3 storm; else set -- $some; fi
     for c; do if [ "$c" = storm ]; then storm; else cell "$c"; fi; done
 }
 
