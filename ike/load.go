@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/q-ipsec/q-ipsec/ike/vici"
@@ -20,6 +21,7 @@ func (m *Manager) load(ctx context.Context, l *link, c Connection) error {
 	if err != nil {
 		return err
 	}
+	conn.Unique = m.unique(c)
 	if _, done := l.keys[c.LocalKey]; !done {
 		data, err := readPrivate(c.LocalKey)
 		if err != nil {
@@ -33,6 +35,23 @@ func (m *Manager) load(ctx context.Context, l *link, c Connection) error {
 		l.keys[c.LocalKey] = id
 	}
 	return l.client.LoadConn(ctx, conn)
+}
+
+// unique is charon's policy for several IKE_SAs between two identities. Unless told
+// otherwise an IKE_SA says INITIAL_CONTACT if it is the first, and the peer then ends
+// all others of the two identities, whichever connection they are of. When several
+// connections start at once each of them is the first, so they must not say it; what
+// a crash leaves at the peer is then for DPD to end.
+func (m *Manager) unique(c Connection) string {
+	ends := func(c Connection) string {
+		local, _ := ParseIdentity(c.LocalID) // Validate has read them
+		remote, _ := ParseIdentity(c.RemoteID)
+		return identityText(local) + " " + identityText(remote)
+	}
+	if c.Unique == "" && slices.ContainsFunc(m.o.Connections, func(o Connection) bool { return o.Name != c.Name && ends(o) == ends(c) }) {
+		return "never"
+	}
+	return c.Unique
 }
 
 // viciConn is the connection in charon's terms. start_action is never start:

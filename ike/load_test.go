@@ -43,6 +43,24 @@ func TestChildLimits(t *testing.T) {
 	}
 }
 
+// One IKE_SA's INITIAL_CONTACT must not end those of other connections between the
+// same two identities.
+func TestUnique(t *testing.T) {
+	conn := func(name, local, remote, unique string) Connection {
+		return Connection{Name: name, LocalID: local, RemoteID: remote, Unique: unique}
+	}
+	m := &Manager{o: ManagerOptions{Connections: []Connection{
+		conn("alone", "a", "b", ""),
+		conn("one", "a", "c", ""), conn("two", "@a", "c", ""), conn("set", "a", "c", "keep"),
+		conn("reverse", "b", "a", ""),
+	}}}
+	for i, want := range []string{"", "never", "never", "keep", ""} {
+		if c := m.o.Connections[i]; m.unique(c) != want {
+			t.Errorf("%s: unique = %q, want %q", c.Name, m.unique(c), want)
+		}
+	}
+}
+
 // Every field of a Connection reaches charon in its own place.
 func TestViciConn(t *testing.T) {
 	dir := t.TempDir()
