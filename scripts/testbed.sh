@@ -13,18 +13,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m -- "${TESTBED_OUT:-out/testbed}")
 hours=${TESTBED_HOURS:-12}
+# shellcheck source=testenv/node.sh
+. testenv/node.sh # for started
 
 die() { printf 'testbed: %s\n' "$*" >&2; exit 1; }
-
-# started PID: when that process started, in ticks since boot; tells it from a
-# later one with its number. What is in the second field may hold blanks.
-started() {
-    local stat
-    stat=$(cat "/proc/$1/stat" 2>/dev/null) || return
-    # shellcheck disable=SC2086 # words
-    set -- ${stat##*) }
-    echo "${20}"
-}
 
 # running: sets pid to that of our testenv/run; fails if it is not there.
 running() {

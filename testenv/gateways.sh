@@ -10,46 +10,27 @@
 # channel for Type-1. The gateways have ordinary routes to each other's hosts, so
 # that a packet no tunnel takes does show on the wire.
 #
-# A node (a, b) has, besides its network namespace, a mount namespace with its
-# own /run, /etc/swanctl and strongSwan plugins. What a node sees as /run/x is
-# $GW/<node>/run/x for the scenario and for the other nodes. $GW is in memory and
-# ends with it; logs, captures and states are copied to $TESTENV_OUT at the end.
+# What a node (a, b) is and has stands in node.sh, which this file brings along.
+# $GW is in memory and ends with the scenario; logs, captures and states are
+# copied to $TESTENV_OUT at the end.
 #
 #   gw_up                          makes all of the above; IPv4 only, as its neighbour
 #                                  discovery would clutter captures, unless GW_IPV6=1
-#   node N CMD...                  runs CMD in node N (a, b, ha, hb, wire)
-#   node_start N NAME CMD...       the same in the background, output to N/log/NAME.log
-#   node_stop N NAME               ends it: TERM, 5 s later KILL
-#   charon_start N [PLUGIN.so]     the installed charon, with the plugin if named;
-#                                  settings: $GW/N/run/strongswan.d/*.conf
-#   charon_stop N
+#   node, node_start, node_stop, charon_start, charon_stop: see node.sh; N is a, b, ha,
+#                                  hb or wire
 #   sshd_start N [PORT]            SFTP only, port 2022; key and user: see there
 #   capture_start NAME [FILTER...] tcpdump on the wire to $TESTENV_OUT/NAME.pcap
 #   capture_stop NAME
 #   xfrm_redacted N                state and policy of N, keys as fingerprints
 #   collect N                      logs and states to $TESTENV_OUT/N
 #   gw_stay                        waits for $TESTENV_OUT/stop to appear, or SIGTERM
-#   await SECONDS CMD...           until CMD succeeds, polled; fails when time is up
-#   fail TEXT...                   ends the scenario, status 1
+#   await, note, fail              see node.sh
 
 set -u
 : "${TESTENV_OUT:?is set by testenv/run}"
 GW=/tmp/gateways
-declare -A node_pid=() task_pid=()
-
-# note TEXT...: a line of the scenario's story, with the seconds since its start.
-note() { printf '%4ds  %s\n' "$SECONDS" "$*"; }
-fail() { printf 'FAIL: %s\n' "$*" >&2; exit 1; }
-
-await() {
-    local seconds=$1 end
-    shift
-    end=$((SECONDS + seconds))
-    until "$@"; do
-        ((SECONDS < end)) || return 1
-        sleep 0.1
-    done
-}
+# shellcheck source=testenv/node.sh
+. "${BASH_SOURCE[0]%/*}/node.sh"
 
 # gw_link NS1 IF1 NS2 IF2: a veth pair, up.
 gw_link() {
@@ -75,7 +56,7 @@ gw_up() {
     gw_node a 1 2 && gw_node b 2 1
 }
 
-# gw_node N OWN OTHER: addresses and routes of gateway N and of the host behind.
+# gw_node N OWN OTHER: gateway N, with addresses and routes, and those of the host behind.
 gw_node() {
     local n=$1 own=$2 other=$3
     ip -n "$n" addr add "192.0.2.$own/24" dev wire &&
@@ -84,124 +65,13 @@ gw_node() {
         ip -n "$n" route add "10.$other.0.0/24" via "192.0.2.$other" &&
         ip -n "h$n" addr add "10.$own.0.2/24" dev lan &&
         ip -n "h$n" route add default via "10.$own.0.1" || return
-    mkdir -p "$GW/$n"/{log,run/lock,run/strongswan.d} "$GW/$n/plugins" \
-        "$GW/$n"/swanctl/{conf.d,x509,x509ca,x509ocsp,x509aa,x509ac,x509crl,pubkey,private,rsa,ecdsa,bliss,pkcs8,pkcs12} || return
-    cp -a /usr/lib/ipsec/plugins/. "$GW/$n/plugins/" || return
     # sshd wants an account that is not locked, for a user who delivers files
-    cp -a /etc/passwd /etc/group /etc/shadow "$GW/$n/" || return
+    mkdir -p "$GW/$n" && cp -a /etc/passwd /etc/group /etc/shadow "$GW/$n/" || return
     echo 'qkde:x:970:970:QKD device:/run:/bin/sh' >>"$GW/$n/passwd"
     echo 'qkde:x:970:' >>"$GW/$n/group"
     echo 'qkde:*:19000:0:99999:7:::' >>"$GW/$n/shadow"
-    nsenter --net="/run/netns/$n" unshare --mount --propagation private \
-        bash -c '
-            sysctl=/proc/sys/net/ipv4
-            echo 1 >$sysctl/ip_forward || exit
-            mount --bind "$1/swanctl" /etc/swanctl || exit
-            mount --bind "$1/plugins" /usr/lib/ipsec/plugins || exit
-            for f in passwd group shadow; do mount --bind "$1/$f" "/etc/$f" || exit; done
-            mount --rbind "$1/run" /run || exit
-            : >/run/ready
-            exec sleep infinity' node "$GW/$n" >"$GW/$n/log/node.log" 2>&1 &
-    node_pid[$n]=$!
-    echo "$!" >"$GW/$n/pid" # for testenv/shell
-    await 20 test -e "$GW/$n/run/ready" || { cat "$GW/$n/log/node.log" >&2; return 1; }
+    node_make "$n" && node "$n" bash -c 'echo 1 >/proc/sys/net/ipv4/ip_forward'
 }
-
-# node_enter N: sets the array `enter` to the words that put a command into N.
-node_enter() {
-    if [ -n "${node_pid[$1]:-}" ]; then
-        enter=(nsenter --target "${node_pid[$1]}" --mount --net --wdns="$PWD" --
-            env STRONGSWAN_CONF=/run/strongswan.conf)
-    else
-        enter=(nsenter --net="/run/netns/$1" --)
-    fi
-}
-
-# node N CMD...
-node() {
-    local -a enter
-    node_enter "$1"
-    shift
-    "${enter[@]}" "$@"
-}
-
-# node_start N NAME CMD... In a session of its own, so that what ends the scenario
-# early does not end this before logs and states are collected.
-node_start() {
-    local n=$1 name=$2
-    local -a enter
-    shift 2
-    node_enter "$n"
-    mkdir -p "$GW/$n/log"
-    setsid "${enter[@]}" "$@" </dev/null >>"$GW/$n/log/$name.log" 2>&1 &
-    task_pid[$n/$name]=$!
-}
-
-node_alive() { kill -0 "${task_pid[$1/$2]}" 2>/dev/null; }
-node_gone() { ! node_alive "$@"; }
-
-# node_stop N NAME: the process's exit status, 137 if it had to be killed.
-node_stop() {
-    local pid=${task_pid[$1/$2]:-} rc=0
-    [ -n "$pid" ] || return 0
-    kill -TERM "$pid" 2>/dev/null
-    await 5 node_gone "$1" "$2" || kill -KILL "$pid" 2>/dev/null
-    wait "$pid" 2>/dev/null || rc=$?
-    unset "task_pid[$1/$2]"
-    return "$rc"
-}
-
-# charon_start N [PLUGIN.so]: PLUGIN is found by charon as Debian's own are, by
-# its file name libstrongswan-<name>.so, in this node only. Short retransmission,
-# half-open and delete times fit a machine with one slow CPU and a scenario of
-# seconds. The configuration is $GW/N/swanctl, loaded with `node N swanctl`.
-charon_start() {
-    local n=$1 plugin=${2:-} name='' templates=/usr/share/strongswan/templates/config/plugins
-    : >"$GW/$n/run/strongswan.d/00-plugin.conf"
-    if [ -n "$plugin" ]; then
-        cp -- "$plugin" "$GW/$n/plugins/" || return
-        name=${plugin##*/libstrongswan-}
-        name=${name%.so}
-        # patience: a user-mode-linux machine stands still for longer than a call may take
-        printf 'charon {\n plugins {\n  %s {\n   load = yes\n   patience = 5\n  }\n }\n}\n' "$name" \
-            >"$GW/$n/run/strongswan.d/00-plugin.conf"
-    fi
-    cat >"$GW/$n/run/strongswan.conf" <<-END
-	charon {
-	    load_modular = yes
-	    plugins {
-	        include $templates/*.conf
-	    }
-	    retransmit_tries = 4
-	    retransmit_timeout = 2.0
-	    retransmit_base = 1.3
-	    half_open_timeout = 15
-	    filelog {
-	        file {
-	            path = /run/charon.log
-	            time_format = %T
-	            time_add_ms = yes
-	            ike_name = yes
-	            flush_line = yes
-	            default = 1
-	        }
-	    }
-	}
-	swanctl {
-	    load = random pem pkcs1 x509 pubkey openssl
-	}
-	include /run/strongswan.d/*.conf
-	END
-    rm -f "$GW/$n/run/charon.vici"
-    node_start "$n" charon /usr/sbin/charon-systemd
-    await 20 charon_settled "$n" && node_alive "$n" charon || {
-        tail -n 15 "$GW/$n/run/charon.log" "$GW/$n/log/charon.log" >&2
-        return 1
-    }
-}
-
-charon_settled() { [ -S "$GW/$1/run/charon.vici" ] || node_gone "$1" charon; }
-charon_stop() { node_stop "$1" charon; }
 
 # sshd_start N [PORT]: SFTP into N for its QKD device, by key only, on every
 # address of N. The user is `qkde`; for the scenario and both nodes:
