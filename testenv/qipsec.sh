@@ -146,3 +146,12 @@ quantum_only() {
     sed -nE 's/.*msg="SA installed".* spi=([0-9a-f]{8}) .* class=(direct|relayed|derived) .*/\1/p' "$GW"/[ab]/log/qipsecd.log | sort -u >"$GW/esp.logged"
     [ -z "$(sed -E 's/^/00000000/; s/.*(.{8})$/\1/' "$GW/esp.seen" | sort -u | comm -23 - "$GW/esp.logged")" ]
 }
+
+# spis N: those of N's SAD. agree N: qipsecd's journal has the same, each committed.
+spis() { node "$1" ip xfrm state | awk '/proto esp spi/ { print $4 }' | sort; }
+agree() {
+    local json
+    json=$(qipsec "$1" sa --json) || return
+    ! grep -q '"committed": *false' <<<"$json" &&
+        [ "$(grep -oE '"spi": *"[^"]*"' <<<"$json" | sed -E 's/.*"(0x)?([0-9a-f]+)"$/0x\2/' | sort)" = "$(spis "$1")" ]
+}
