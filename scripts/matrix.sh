@@ -9,8 +9,8 @@ rows=$1
 cause() { # its description, from the scenario's own table
     awk -F'~' -v c="$1" '$1 == c && NF == 4 { print $4 }' testenv/matrix.sh | sed "s/'\"'\"'/'/g"
 }
-log() { # one cell of the table: no Key-ID, no time, no pipe
-    sed -E 's/[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}/.../g; s/\\"/"/g; s/^"//; s/\|/\\|/g' <<<"$1" | cut -c1-160
+log() { # one cell of the table: the message alone, no Key-ID, no pipe
+    sed -E 's/" (part|event)=.*//; s/[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}/.../g; s/\\"/"/g; s/^"//; s/\|/\\|/g; s/^$/-/' <<<"$1" | cut -c1-200
 }
 
 cat <<END
