@@ -58,6 +58,9 @@ no_sa() { [ "$(sa_count a)" = 0 ] && [ "$(sa_count b)" = 0 ]; }
 passes() { node ha ping -q -c 3 -i 0.05 -W 1 10.2.0.2 >>"$GW/a/log/passes.log"; }
 few_lost() { [ "${sent:-0}" -ge "$1" ] && [ "${lost:-$sent}" -le "$2" ]; }
 
+# busy: each SA of b has carried 100 packets.
+busy() { sas b | awk '$6 < 100 { few = 1 } END { exit few || !NR }'; }
+
 # ping_start NAME ARGS... / ping_end NAME: from ha to hb; sets sent and lost.
 ping_start() {
     local name=$1
@@ -173,7 +176,7 @@ moves() {
     check "$what: all SAs of both ends have the new address" between_both "$2"
     check "$what: traffic goes on" await 20 passes
     ping_end "move-$2"
-    check "$what: $lost of $sent packets lost, one every 10 ms" few_lost 100 1500
+    check "$what: $lost of $sent packets lost, one every 10 ms" few_lost 50 1500
     note "$what: $(($(key_ids a | wc -l) - had)) Key-IDs were used"
     for n in a b; do check "$what: journal and SAD of $n agree" await 10 agree "$n"; done
     moved+=("$before")
@@ -254,7 +257,7 @@ nat() {
     check "nat: b's new SAs have that port" ports b "$first" '20[0-9]{3}'
 
     ping_start port -i 0.01
-    sleep 3
+    await 60 busy || fail "no traffic"
     before=$(sas b)
     watch_updates b
     nat_changes || fail "the NAT does not change"
@@ -263,7 +266,7 @@ nat() {
     counted=$(sas b)
     check "port change: traffic goes on" await 20 passes
     ping_end port
-    check "port change: $lost of $sent packets lost, one every 10 ms" few_lost 300 1500
+    check "port change: $lost of $sent packets lost, one every 10 ms" few_lost 100 1500
     check "port change: the same SAs, their counters went on" same_sas "$before" "$counted"
     check "port change: no CHILD_SA had to be made anew for it" in_place
     for n in a b; do check "port change: journal and SAD of $n agree" await 10 agree "$n"; done
@@ -286,7 +289,7 @@ went_on_either() {
 # same_sas BEFORE AFTER: two answers of sas, with the same SPIs and no fewer packets.
 same_sas() {
     [ "$(cut -d' ' -f1 <<<"$1")" = "$(cut -d' ' -f1 <<<"$2")" ] &&
-        paste -d' ' <(echo "$1") <(echo "$2") | awk '{ if ($12 < $6 || $6 < 100) exit 1 }'
+        paste -d' ' <(echo "$1") <(echo "$2") | awk '{ if ($12 < $6) exit 1 }'
 }
 
 # tunnel PART: with the configuration as it is now.
