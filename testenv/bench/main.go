@@ -5,6 +5,9 @@
 // The nodes are the real qipsecd with its store on disk; what they are compared
 // with (bench bare) is a process of its own as well, with the same certificates,
 // TLS configuration and length of body; both are called by the same clients.
+//
+// The rows that need a kernel with ESP come from a file of testenv/esp-bench.sh,
+// whose TCP is bench sink and bench push.
 package main
 
 import (
@@ -32,6 +35,7 @@ type options struct {
 	children int // CHILD_SAs of the tunnel row
 	fileKeys int // keys of one QKD-Key file of the intake row
 	profile  string
+	samples  string         // file of testenv/esp-bench.sh
 	only     *regexp.Regexp // names of rows
 }
 
@@ -45,8 +49,15 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) error {
-	if len(args) > 0 && args[0] == "bare" {
-		return bare(ctx, args[1:])
+	if len(args) > 0 {
+		switch args[0] {
+		case "bare":
+			return bare(ctx, args[1:])
+		case "sink":
+			return sink(ctx, args[1:])
+		case "push":
+			return push(ctx, args[1:], os.Stdout)
+		}
 	}
 	var o options
 	fs := flag.NewFlagSet("bench", flag.ContinueOnError)
@@ -58,6 +69,7 @@ func run(ctx context.Context, args []string) error {
 	fs.IntVar(&o.children, "children", 300, "CHILD_SAs of the tunnel row")
 	fs.IntVar(&o.fileKeys, "file-keys", 100_000, "keys of one QKD-Key file of the intake row")
 	fs.StringVar(&o.profile, "profile", "", "write a CPU profile of the tunnel row to this `file`")
+	fs.StringVar(&o.samples, "samples", "", "add the rows of this `file` of testenv/esp-bench.sh")
 	only := fs.String("run", "", "measure the rows with such a name only (`regexp`)")
 	if err := fs.Parse(args); err != nil {
 		return err
@@ -83,6 +95,9 @@ func measure(ctx context.Context, o options, w io.Writer) (err error) {
 		if err := part(ctx, o, &t); err != nil {
 			return err
 		}
+	}
+	if err := espRows(o, &t); err != nil {
+		return err
 	}
 	t.print(w)
 	return t.write(o.out)

@@ -33,15 +33,22 @@ func (s sample) quantile(q float64) float64 {
 
 func (s sample) median() float64 { return s.quantile(0.5) }
 
+func (s sample) sum() (sum float64) {
+	for _, v := range s {
+		sum += v
+	}
+	return sum
+}
+
 // row is one line of the table and of the JSON file.
 type row struct {
 	Name      string   `json:"name"`
 	Unit      string   `json:"unit"`
 	Value     float64  `json:"value"`
 	Reference *float64 `json:"reference"` // null: there is none
-	Ratio     *float64 `json:"ratio"`
-	Target    *float64 `json:"target"` // of the ratio; of the value without a reference
-	Met       *bool    `json:"met"`    // null: not gated
+	Ratio     *float64 `json:"ratio"`     // null: there is none, as the reference is none or zero
+	Target    *float64 `json:"target"`    // of the ratio; of the value without one
+	Met       *bool    `json:"met"`       // null: not gated
 
 	against, goal   string
 	spread, refRead string
@@ -49,7 +56,11 @@ type row struct {
 
 // goal is what a row is held against; the zero value is none.
 type goal struct {
-	least, most float64 // of the ratio, or of the value without a reference
+	least, most float64 // of the ratio, or of the value without one
+	none        bool    // a value of zero
+	// or, where least is missed, the medians are no further apart than the
+	// quartiles of the reference
+	inSpread bool
 }
 
 // table collects the rows, and what has to be said of them.
@@ -70,23 +81,39 @@ func (t *table) add(name, unit string, value, reference sample, against string, 
 	r := row{Name: name, Unit: unit, Value: value.median(), against: against, spread: spread(value)}
 	held := r.Value
 	if len(reference) > 0 {
-		ratios := make(sample, len(value))
-		for i := range value {
-			ratios[i] = value[i] / reference[min(i, len(reference)-1)]
+		ref := reference.median()
+		r.Reference, r.refRead = &ref, spread(reference)
+		if slices.Min(reference) > 0 {
+			ratio := ratios(value, reference).median()
+			r.Ratio, held = &ratio, ratio
 		}
-		ref, ratio := reference.median(), ratios.median()
-		r.Reference, r.Ratio, held = &ref, &ratio, ratio
-		r.refRead = spread(reference)
 	}
 	switch {
+	case g.none:
+		met := r.Value == 0
+		r.Target, r.Met, r.goal = new(float64), &met, "0"
 	case g.least > 0:
 		met := held >= g.least
-		r.Target, r.Met, r.goal = &g.least, &met, fmt.Sprintf(">= %.4g", g.least)
+		r.goal = fmt.Sprintf(">= %.4g", g.least)
+		if g.inSpread {
+			r.goal += " or inside the spread"
+			met = met || reference.median()-r.Value <= reference.quantile(0.75)-reference.quantile(0.25)
+		}
+		r.Target, r.Met = &g.least, &met
 	case g.most > 0:
 		met := held <= g.most
 		r.Target, r.Met, r.goal = &g.most, &met, fmt.Sprintf("<= %.4g", g.most)
 	}
 	t.rows = append(t.rows, r)
+}
+
+// ratios gives one for each value, to its pair in reference, or the only one there.
+func ratios(value, reference sample) sample {
+	all := make(sample, len(value))
+	for i := range value {
+		all[i] = value[i] / reference[min(i, len(reference)-1)]
+	}
+	return all
 }
 
 // spread shows median and quartiles.
@@ -103,7 +130,10 @@ func (t *table) print(w io.Writer) {
 	for _, r := range t.rows {
 		ref, ratio, verdict := "-", "-", ""
 		if r.Reference != nil {
-			ref, ratio = r.refRead+" "+r.against, fmt.Sprintf("%.2f", *r.Ratio)
+			ref = r.refRead + " " + r.against
+		}
+		if r.Ratio != nil {
+			ratio = fmt.Sprintf("%.2f", *r.Ratio)
 		}
 		if r.Met != nil {
 			verdict = r.goal + " missed"
