@@ -290,7 +290,8 @@ remote_ts = ["10.9.0.0/24"]
 		t.Errorf("guarded: %v, want %v", remotes, want)
 	}
 	peer := netip.MustParsePrefix("192.0.2.2/32")
-	if want := []Channel{{peer, 6, 0, 8441}, {peer, 6, 8441, 0}}; !reflect.DeepEqual(allow, want) {
+	own := netip.MustParseAddr("192.0.2.1")
+	if want := []Channel{{own, peer, 6, 0, 8441}, {own, peer, 6, 8441, 0}}; !reflect.DeepEqual(allow, want) {
 		t.Errorf("allowed: %v, want %v", allow, want)
 	}
 }
@@ -341,13 +342,14 @@ func TestGuardLetsKeysCome(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	own := netip.MustParseAddr("192.0.2.1")
 	n.IPsec.KMEs = []KME{{URL: "https://192.0.2.9/api"}, {URL: "https://kme.example:8443"}, {URL: "https://[2001:db8::9]:8443"}}
 	_, allow := n.Guarded()
 	for _, c := range []Channel{
-		{netip.MustParsePrefix("192.0.2.9/32"), 6, 0, 443},
-		{netip.MustParsePrefix("192.0.2.3/32"), 6, 0, 8443},
-		{netip.MustParsePrefix("192.0.2.2/32"), 6, 0, 8441},
-		{netip.MustParsePrefix("192.0.2.2/32"), 6, 8441, 0},
+		{netip.Addr{}, netip.MustParsePrefix("192.0.2.9/32"), 6, 0, 443},
+		{netip.Addr{}, netip.MustParsePrefix("192.0.2.3/32"), 6, 0, 8443},
+		{own, netip.MustParsePrefix("192.0.2.2/32"), 6, 0, 8441},
+		{own, netip.MustParsePrefix("192.0.2.2/32"), 6, 8441, 0},
 	} {
 		if !slices.Contains(allow, c) {
 			t.Errorf("%v is not among %v", c, allow)
@@ -355,6 +357,12 @@ func TestGuardLetsKeysCome(t *testing.T) {
 	}
 	if len(allow) != 4 {
 		t.Errorf("allowed: %v", allow)
+	}
+	for _, listen := range []string{"0.0.0.0:8441", "127.0.0.1:8441", "[2001:db8::1]:8441"} {
+		n.KMS.Type1Listen = netip.MustParseAddrPort(listen)
+		if got := n.KMS.Type1Local(n.KMS.Peers[0]); got.IsValid() {
+			t.Errorf("type1_listen %s: connections would come from %v", listen, got)
+		}
 	}
 }
 

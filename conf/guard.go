@@ -12,6 +12,7 @@ const protoTCP = 6
 // Channel is traffic of our own that the guard lets pass in clear, because it
 // has its own protection.
 type Channel struct {
+	Local                 netip.Addr // our end, if that is fixed: then no tunnel ever carries it
 	Remote                netip.Prefix
 	Protocol              uint8
 	LocalPort, RemotePort uint16 // 0: any
@@ -28,31 +29,42 @@ func (n *Node) Guarded() (remotes []netip.Prefix, allow []Channel) {
 	}
 	remotes = n.required(false)
 	all := append(n.required(true), remotes...)
-	tcp := func(to netip.AddrPort, localPort uint16) {
+	tcp := func(local netip.Addr, to netip.AddrPort, localPort uint16) {
 		a := to.Addr().Unmap()
-		c := Channel{Remote: netip.PrefixFrom(a, a.BitLen()), Protocol: protoTCP, LocalPort: localPort, RemotePort: to.Port()}
+		c := Channel{Local: local, Remote: netip.PrefixFrom(a, a.BitLen()), Protocol: protoTCP, LocalPort: localPort, RemotePort: to.Port()}
 		if slices.ContainsFunc(all, func(r netip.Prefix) bool { return r.Contains(a) }) && !slices.Contains(allow, c) {
 			allow = append(allow, c)
 		}
 	}
 	for _, k := range n.IPsec.KMEs {
 		if to, ok := addressOf(k.URL); ok {
-			tcp(to, 0)
+			tcp(netip.Addr{}, to, 0)
 		}
 	}
 	if n.KMS == nil {
 		return remotes, allow
 	}
 	for _, p := range n.KMS.Peers {
-		tcp(p.Address, 0)
-		tcp(netip.AddrPortFrom(p.Address.Addr(), 0), n.KMS.Type1Listen.Port())
+		own := n.KMS.Type1Local(p)
+		tcp(own, p.Address, 0)
+		tcp(own, netip.AddrPortFrom(p.Address.Addr(), 0), n.KMS.Type1Listen.Port())
 	}
 	for _, p := range n.KMS.Pairs {
 		if to, ok := addressOf(p.Control); ok {
-			tcp(to, 0)
+			tcp(netip.Addr{}, to, 0)
 		}
 	}
 	return remotes, allow
+}
+
+// Type1Local gives our end of the channel to p, the zero Addr if the kernel is to
+// choose it.
+func (k *KMS) Type1Local(p Peer) netip.Addr {
+	own := k.Type1Listen.Addr().Unmap()
+	if own.IsUnspecified() || own.IsLoopback() || own.Is4() != p.Address.Addr().Unmap().Is4() {
+		return netip.Addr{}
+	}
+	return own
 }
 
 // Routed gives every remote_ts of a connection with policy required that is

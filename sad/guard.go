@@ -10,10 +10,11 @@ import (
 	"github.com/q-ipsec/q-ipsec/sad/xfrm"
 )
 
-// The priorities of guard policies, by which they are known as such. All of
-// charon's lie below 400,000 and win (the lowest number does); between them the
-// allow rules win.
+// The priorities of guard policies, by which they are known as such; the lowest
+// number wins. All of charon's lie between 100,000 and 400,000. Of ours those for
+// channels with both ends known win over them, the others do not.
 const (
+	GuardOwn   uint32 = 0x5149
 	GuardAllow uint32 = 0x51495052
 	GuardBlock uint32 = 0x51495053
 )
@@ -37,7 +38,12 @@ type spd interface {
 // Channel is traffic of our own that must pass although it goes to a protected
 // network in the clear: IKE, the channel between two KMAs, SFTP of a QKDE that
 // lies there. It has its own protection.
+//
+// Local is our end. Where it is known, the channel never enters a tunnel: one that
+// brings the keys must not wait for the tunnel that they are for, as it would
+// with a policy of a charon that was killed, or a trap. The peer must do likewise.
 type Channel struct {
+	Local                 netip.Addr // zero: any, and a tunnel may carry it
 	Remote                netip.Prefix
 	Protocol              uint8  // 6 TCP, 17 UDP
 	LocalPort, RemotePort uint16 // 0: any
@@ -105,6 +111,9 @@ func (c GuardConfig) Policies() ([]xfrm.Policy, error) {
 		if !ch.Remote.IsValid() || ch.Remote != ch.Remote.Masked() || ch.Remote.Addr().Is4In6() {
 			return nil, fmt.Errorf("sad: guard: channel to %v: not a network prefix", ch.Remote)
 		}
+		if ch.Local.IsValid() && (ch.Local.Is4In6() || ch.Local.Is4() != ch.Remote.Addr().Is4()) {
+			return nil, fmt.Errorf("sad: guard: channel to %v: our end %v is of the other address family", ch.Remote, ch.Local)
+		}
 		if ch.Protocol == 0 {
 			return nil, fmt.Errorf("sad: guard: channel to %v names no protocol", ch.Remote)
 		}
@@ -129,7 +138,7 @@ func blocks(r netip.Prefix) []xfrm.Policy {
 		// Without neighbour discovery the peer's own address could not be
 		// reached if it lies in r and on our link.
 		for typ := uint16(ndFirst); typ <= ndLast; typ++ {
-			all = append(all, ownOnly(half, r, protoICMPv6, typ, 0)...)
+			all = append(all, ownOnly(half, r, protoICMPv6, typ, 0, GuardAllow)...)
 		}
 	}
 	return all
@@ -137,9 +146,13 @@ func blocks(r netip.Prefix) []xfrm.Policy {
 
 // policies are those for one channel.
 func (ch Channel) policies() []xfrm.Policy {
+	if ch.Local.IsValid() {
+		own := netip.PrefixFrom(ch.Local, ch.Local.BitLen())
+		return ownOnly(own, ch.Remote, ch.Protocol, ch.LocalPort, ch.RemotePort, GuardOwn)
+	}
 	var all []xfrm.Policy
 	for _, half := range halves(ch.Remote) {
-		all = append(all, ownOnly(half, ch.Remote, ch.Protocol, ch.LocalPort, ch.RemotePort)...)
+		all = append(all, ownOnly(half, ch.Remote, ch.Protocol, ch.LocalPort, ch.RemotePort, GuardAllow)...)
 	}
 	return all
 }
@@ -148,9 +161,9 @@ func (ch Channel) policies() []xfrm.Policy {
 // others. A forwarded packet asks fwd first and then out: the allow rule of out
 // alone would let every host behind this gateway send past the guard, so what it
 // names is dropped in fwd. ICMPv6 has its type as local port, the same both ways.
-func ownOnly(half, r netip.Prefix, protocol uint8, local, remote uint16) []xfrm.Policy {
-	out := xfrm.Policy{Dir: xfrm.Out, Src: half, Dst: r, Protocol: protocol, SrcPort: local, DstPort: remote, Priority: GuardAllow}
-	in := xfrm.Policy{Dir: xfrm.In, Src: r, Dst: half, Protocol: protocol, SrcPort: remote, DstPort: local, Priority: GuardAllow}
+func ownOnly(own, r netip.Prefix, protocol uint8, local, remote uint16, priority uint32) []xfrm.Policy {
+	out := xfrm.Policy{Dir: xfrm.Out, Src: own, Dst: r, Protocol: protocol, SrcPort: local, DstPort: remote, Priority: priority}
+	in := xfrm.Policy{Dir: xfrm.In, Src: r, Dst: own, Protocol: protocol, SrcPort: remote, DstPort: local, Priority: priority}
 	if protocol == protoICMPv6 {
 		in.SrcPort, in.DstPort = local, 0
 	}
@@ -160,7 +173,7 @@ func ownOnly(half, r netip.Prefix, protocol uint8, local, remote uint16) []xfrm.
 }
 
 func ofGuard(p xfrm.Policy) bool {
-	return !p.Templates && (p.Block && p.Priority == GuardBlock || !p.Block && p.Priority == GuardAllow)
+	return !p.Templates && (p.Block && p.Priority == GuardBlock || !p.Block && (p.Priority == GuardAllow || p.Priority == GuardOwn))
 }
 
 // Install adds what is missing of the guard of c, allow rules first so that our

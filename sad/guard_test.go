@@ -192,6 +192,47 @@ func TestGuardBesideCharon(t *testing.T) {
 	}
 }
 
+// TestGuardChannelBesideTunnel: a channel whose ends are known passes whatever
+// policy of charon covers it; here that is one without an SA, which drops.
+func TestGuardChannelBesideTunnel(t *testing.T) {
+	f := &fakeSPD{}
+	config := GuardConfig{
+		Remotes: prefixes("192.0.2.2/32"),
+		Allow:   []Channel{{Local: netip.MustParseAddr("192.0.2.1"), Remote: netip.MustParsePrefix("192.0.2.2/32"), Protocol: 6, RemotePort: 7001}},
+	}
+	if err := NewGuard(f).Install(t.Context(), config); err != nil {
+		t.Fatal(err)
+	}
+	for dir, ends := range map[xfrm.Dir][]netip.Prefix{xfrm.Out: prefixes("192.0.2.0/25", "192.0.2.2/32"), xfrm.In: prefixes("192.0.2.2/32", "192.0.2.0/25")} {
+		if err := f.AddPolicy(t.Context(), xfrm.Policy{Dir: dir, Src: ends[0], Dst: ends[1], Priority: 200000, Templates: true, Block: true}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tc := range []struct {
+		dir          xfrm.Dir
+		src, dst     string
+		sport, dport uint16
+		want         string
+	}{
+		{xfrm.Out, "192.0.2.1", "192.0.2.2", 40000, 7001, "allow"},
+		{xfrm.In, "192.0.2.2", "192.0.2.1", 7001, 40000, "allow"},
+		{xfrm.Out, "192.0.2.1", "192.0.2.2", 40000, 22, "block"},
+		{xfrm.Out, "192.0.2.3", "192.0.2.2", 40000, 7001, "block"},
+		{xfrm.In, "192.0.2.2", "192.0.2.3", 7001, 40000, "block"},
+		{xfrm.Fwd, "192.0.2.1", "192.0.2.2", 40000, 7001, "block"},
+	} {
+		if got := f.decide(tc.dir, tc.src, tc.dst, 6, tc.sport, tc.dport); got != tc.want {
+			t.Errorf("%v %s %d -> %s %d: %s, want %s", tc.dir, tc.src, tc.sport, tc.dst, tc.dport, got, tc.want)
+		}
+	}
+	if ok, err := NewGuard(f).Installed(t.Context(), config); err != nil || !ok {
+		t.Errorf("Installed: %v, %v", ok, err)
+	}
+	if err := NewGuard(f).Remove(t.Context()); err != nil || len(f.all) != 2 {
+		t.Errorf("after Remove: %v, %v", f.all, err)
+	}
+}
+
 func TestGuardInstallAgain(t *testing.T) {
 	f := &fakeSPD{}
 	g := NewGuard(f)
@@ -292,6 +333,7 @@ func TestGuardErrors(t *testing.T) {
 		"no prefix":        {Remotes: []netip.Prefix{{}}},
 		"mapped":           {Remotes: []netip.Prefix{netip.MustParsePrefix("::ffff:10.2.0.0/112")}},
 		"channel":          {Allow: []Channel{{Protocol: 6}}},
+		"channel family":   {Allow: []Channel{{Local: netip.MustParseAddr("2001:db8::1"), Remote: netip.MustParsePrefix("10.2.0.1/32"), Protocol: 6}}},
 		"channel protocol": {Allow: []Channel{{Remote: netip.MustParsePrefix("10.2.0.1/32")}}},
 	} {
 		if err := NewGuard(&fakeSPD{}).Install(t.Context(), c); err == nil {

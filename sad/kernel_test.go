@@ -372,6 +372,18 @@ func TestKernelGuard(t *testing.T) {
 	}
 	testChannel(t, a, b)
 
+	// A channel of which both ends are known passes beside a policy of charon that
+	// has lost its SA.
+	config.Allow[0].Local = netip.MustParseAddr("192.0.2.1")
+	if err := guard.Install(ctx, config); err != nil {
+		t.Fatal(err)
+	}
+	a.run("ip xfrm policy add src 192.0.2.1/32 dst 192.0.2.2/32 dir out priority 367231 tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 9 mode tunnel")
+	a.run("ip xfrm policy add src 192.0.2.2/32 dst 192.0.2.1/32 dir in priority 367231 tmpl src 192.0.2.2 dst 192.0.2.1 proto esp reqid 9 mode tunnel")
+	testChannel(t, a, b)
+	a.run("ip xfrm policy delete src 192.0.2.1/32 dst 192.0.2.2/32 dir out")
+	a.run("ip xfrm policy delete src 192.0.2.2/32 dst 192.0.2.1/32 dir in")
+
 	// charon's policies with local_ts any and remote_ts R itself.
 	a.run("ip xfrm policy add src 0.0.0.0/0 dst 10.2.0.0/24 dir out priority 387711 tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel")
 	a.run("ip xfrm policy delete src 0.0.0.0/0 dst 10.2.0.0/24 dir out")

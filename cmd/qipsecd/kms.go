@@ -84,7 +84,7 @@ func type1Clients(c *conf.KMS, log *slog.Logger) (map[string]*type1.Client, erro
 		if err != nil {
 			return nil, err
 		}
-		if clients[p.Name], err = type1.NewClient(type1.ClientOptions{URL: "https://" + p.Address.String(), TLS: t}); err != nil {
+		if clients[p.Name], err = type1.NewClient(type1.ClientOptions{URL: "https://" + p.Address.String(), TLS: t, Local: c.Type1Local(p)}); err != nil {
 			return nil, err
 		}
 	}

@@ -8,7 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"time"
 )
@@ -23,6 +25,7 @@ const (
 type ClientOptions struct {
 	URL       string            // https://host:port
 	TLS       *tls.Config       // with our certificate; must accept that peer only
+	Local     netip.Addr        // source of our connections; zero: the kernel's choice
 	Timeout   time.Duration     // of each call; default DefaultTimeout
 	MaxBody   int64             // of an answer, in bytes; default DefaultMaxBody
 	Transport http.RoundTripper // instead of URL and TLS's own, for tests; nil: a new one
@@ -53,7 +56,12 @@ func NewClient(o ClientOptions) (*Client, error) {
 		if o.TLS == nil {
 			return nil, errors.New("type1: client has no TLS configuration")
 		}
+		dialer := &net.Dialer{Timeout: o.Timeout}
+		if o.Local.IsValid() {
+			dialer.LocalAddr = &net.TCPAddr{IP: o.Local.AsSlice()}
+		}
 		o.Transport = &http.Transport{
+			DialContext:         dialer.DialContext,
 			TLSClientConfig:     o.TLS.Clone(),
 			TLSHandshakeTimeout: o.Timeout,
 			MaxIdleConnsPerHost: 4,
