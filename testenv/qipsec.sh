@@ -36,14 +36,19 @@ qipsec() {
 
 field() { sed -n "s/^$2 = \"\(.*\)\"$/\1/p" "$1" | head -1; }
 
-site_up() {
-    local n
-    "$BIN/qipsec" init --pair a b --out "$GW/site" \
-        --km-address 198.51.100.1,198.51.100.2 >"$GW/init.log" 2>&1 || { cat "$GW/init.log" >&2; return 1; }
+site_up() { site_make "${1:-required}" a b --km-address 198.51.100.1,198.51.100.2; }
+
+# site_make POLICY NAME_A NAME_B ARGS...: the same for nodes a and b that call
+# themselves so, with ARGS for `qipsec init`.
+site_make() {
+    local n policy=$1
+    local -A name=([a]=$2 [b]=$3)
+    shift 3
+    "$BIN/qipsec" init --pair "${name[a]}" "${name[b]}" --out "$GW/site" "$@" >"$GW/init.log" 2>&1 || { cat "$GW/init.log" >&2; return 1; }
     for n in a b; do
-        cp -a "$GW/site/$n" "$GW/$n/run/etc" || return
-        # The host's /var is read-only here; everything else is as init wrote it.
-        sed -i "s#^\[node\]#[node]\nstate_dir = \"/run/state\"#; s#^policy = .*#policy = \"${1:-required}\"#" "$GW/$n/run/etc/qipsecd.toml"
+        cp -a "$GW/site/${name[$n]}" "$GW/$n/run/etc" || return
+        # All state below /run, as that alone is the node's own; the rest is as init wrote it.
+        sed -i "s#^\[node\]#[node]\nstate_dir = \"/run/state\"#; s#^policy = .*#policy = \"$policy\"#" "$GW/$n/run/etc/qipsecd.toml"
         mkdir -m 0700 -p "$GW/$n/run/state" "$GW/$n/run/q-ipsec"
     done
 }
