@@ -553,6 +553,13 @@ func TestManagerMovedSA(t *testing.T) {
 	s.hello("5.9.8")
 	s.run()
 	eventually(t, "up", s.is("link", StateUp))
+	other := ikeOf("link", "net", 2)
+	other.Responder = true
+	s.charon.Lock()
+	s.charon.IKEs = append(s.charon.IKEs, other)
+	s.charon.Unlock()
+	s.sad.put(0xc0000002, 0xcf000002, sad.Owner{Connection: "link", Mix: sad.MixHybrid})
+	s.broker.rekeys <- sad.ID{SPI: 0xcf000002, Protocol: 50} // the peer began that IKE_SA, and asks
 	s.broker.rekeys <- sad.ID{SPI: 0xcf000001, Protocol: 50}
 	eventually(t, "rekeyed", func() bool { return len(s.charon.Calls("rekey")) == 1 })
 	if id := s.charon.Calls("rekey")[0].Message.Text("child-id"); id != "101" {

@@ -203,7 +203,8 @@ func (m *Manager) update(ikes []vici.IKESA, states []sad.State, at time.Time) {
 }
 
 // rekeyMoved rekeys the CHILD_SA of an SA that was moved to new addresses: its
-// sequence numbers were advanced, a fresh key ends that state.
+// sequence numbers were advanced, a fresh key ends that state. Both ends move
+// theirs, and one rekeying renews all four SAs, so only the end that leads asks.
 func (m *Manager) rekeyMoved(ctx context.Context, l *link, id sad.ID) error {
 	ikes, err := l.client.SAs(ctx)
 	if err != nil {
@@ -211,6 +212,9 @@ func (m *Manager) rekeyMoved(ctx context.Context, l *link, id sad.ID) error {
 		return nil
 	}
 	for _, ike := range ikes {
+		if !leads(ike) {
+			continue
+		}
 		for _, ch := range ike.Children {
 			if !ch.Up() || ch.SPIIn != id.SPI && ch.SPIOut != id.SPI {
 				continue

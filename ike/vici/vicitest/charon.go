@@ -35,6 +35,7 @@ type IKE struct {
 	ID            uint32
 	State         string
 	Local, Remote string
+	Responder     bool // the peer has begun it
 	Children      []Child
 }
 
@@ -403,8 +404,12 @@ func (i IKE) section() Element {
 	for _, ch := range i.Children {
 		children.Section = append(children.Section, ch.section())
 	}
+	role := V("initiator", "yes")
+	if i.Responder {
+		role = V("responder", "yes")
+	}
 	return S(i.Conn, V("uniqueid", strconv.Itoa(int(i.ID))), V("version", "2"), V("state", i.State),
-		V("local-host", i.Local), V("remote-host", i.Remote), V("initiator", "yes"), V("established", "3"), children)
+		V("local-host", i.Local), V("remote-host", i.Remote), role, V("established", "3"), children)
 }
 
 func (ch Child) section() Element {
