@@ -14,7 +14,7 @@ build: ## the programs, into bin/
 
 testtools: # what the scenarios run besides
 	@mkdir -p $(BIN)
-	@CGO_ENABLED=0 go build -trimpath -o $(BIN)/ ./testenv/fakekme ./testenv/memscan ./testenv/mitm ./testenv/plugproxy ./testenv/rekeyer ./testenv/testrun ./testenv/udpnum
+	@CGO_ENABLED=0 go build -trimpath -o $(BIN)/ ./testenv/fakekme ./testenv/ivcheck ./testenv/memscan ./testenv/mitm ./testenv/plugproxy ./testenv/rekeyer ./testenv/testrun ./testenv/udpnum
 
 testplugin: # a plugin that leaves charon's add_sa alone, for testenv/secrets.sh
 	@CHARON_PLUGIN_DEFINES=-DQI_TEST_NO_ADD_SA scripts/charon-plugin.sh $(BIN)/no-add-sa

@@ -7,6 +7,9 @@
 #   full-speed  two nodes issue keys at full speed at once for 5 minutes
 #   rekeys      1,000 CHILD_SA rekeys under ping (testenv/rekeys.sh)
 #   matrix      every cell of testenv/matrix.sh; writes docs/fail-closed.md
+#   suites      every type of SA beside charon's own (testenv/suites.sh)
+#   restarts    every restart of testenv/restarts.sh
+#   many        100 connections between the two gateways (testenv/ike.sh)
 #   late        every step of the plugin's socket cut, late, lost and repeated, and 40
 #               rekeys while either qipsecd is stopped again and again (testenv/late.sh)
 #   fuzz        every fuzz target for 30 s
@@ -24,7 +27,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-all="kill9 full-speed rekeys matrix late fuzz"
+all="kill9 full-speed rekeys matrix suites restarts many late fuzz"
 out=out/soak
 end=$((SECONDS + 90 * 60))
 seed=${SEED:-$((RANDOM * 32768 + RANDOM + 1))}
@@ -107,27 +110,33 @@ part_rekeys() {
     note=$(sed -nE 's/^ok - (a ping .*)$/\1/p; s/.*, (a rekey took .*)$/\1/p' "$out/rekeys.log" | tail -2 | paste -sd';')
 }
 
-part_matrix() {
+# scenario SECONDS NAME COMMAND...: one scenario; its checks are the count.
+scenario() {
+    local limit=$1 name=$2
+    shift 2
     seed_used=null
-    ALL=1 TESTENV_PASS=ALL TESTENV_TIMEOUT=$(share 2700) TESTENV_OUT=$out/matrix testenv/run testenv/matrix.sh >"$out/matrix.log" 2>&1 || {
-        grep -E '^(not ok|FAIL)' "$out/matrix.log" || true
+    TESTENV_TIMEOUT=$(share "$limit") TESTENV_OUT=$out/$name "$@" >"$out/$name.log" 2>&1 || {
+        grep -E '^(not ok|FAIL)' "$out/$name.log" || true
         return 1
     }
-    count=$(wc -l <"$out/matrix/matrix.tsv")
+    count=$(grep -c '^ok - ' "$out/$name.log")
     wanted=$count
-    note="cells"
+    note="checks"
+}
+
+part_matrix() {
+    ALL=1 TESTENV_PASS=ALL scenario 2700 matrix testenv/run testenv/matrix.sh || return
+    note="checks in $(wc -l <"$out/matrix/matrix.tsv") cells"
     scripts/matrix.sh "$out/matrix/matrix.tsv" >docs/fail-closed.md
 }
 
+part_suites() { TESTENV_MEM=1G scenario 600 suites testenv/run testenv/suites.sh; }
+part_restarts() { ALL=1 TESTENV_PASS=ALL scenario 1500 restarts testenv/run testenv/restarts.sh; }
+part_many() { COUNT=100 TESTENV_MEM=1G scenario 900 many testenv/run testenv/ike.sh many; }
+
 part_late() {
-    seed_used=null
-    ALL=1 COUNT=40 TESTENV_PASS=ALL TESTENV_TIMEOUT=$(share 2400) TESTENV_OUT=$out/late testenv/run testenv/late.sh >"$out/late.log" 2>&1 || {
-        grep -E '^not ok' "$out/late.log" || true
-        return 1
-    }
-    count=$(grep -c '^ok - .* packets lost' "$out/late.log")
-    wanted=$count
-    note="cells; $(grep -oE '[0-9]+ of [0-9]+ packets lost, .* repeated' "$out/late.log")"
+    ALL=1 COUNT=40 TESTENV_PASS=ALL scenario 2400 late testenv/run testenv/late.sh || return
+    note="checks; $(grep -oE '[0-9]+ of [0-9]+ packets lost, .* repeated' "$out/late.log")"
 }
 
 part_fuzz() {

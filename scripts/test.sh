@@ -5,16 +5,22 @@
 # is "total: N passed, N failed, N skipped".
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export TESTENV_TIMEOUT=600
+export TESTENV_TIMEOUT=900
 exec bin/testrun -out out/test -parallel 3 \
     "testenv/run testenv/matrix.sh" \
-    "testenv/run testenv/lifetimes.sh" \
+    "testenv/run testenv/restarts.sh boot b:kill:qipsecd b:kill:both b:stop:both crash" \
     "testenv/run testenv/late.sh" \
+    "testenv/run testenv/lifetimes.sh" \
+    "testenv/run testenv/ike.sh" \
+    "env ROUNDS=1 TESTENV_PASS=ROUNDS testenv/run testenv/udp-rekeys.sh" \
+    "testenv/run testenv/nat.sh" \
+    "testenv/run testenv/suites.sh aes256gcm16 chacha20poly1305 aes256-sha256 esn-window-4096 v6 both-in-v6 transport transport-v6 encap marks if-id copy-dscp-in age-bytes-packets" \
     "testenv/run testenv/demo.sh" \
+    "testenv/run testenv/netns.sh" \
     "testenv/run testenv/rekeys.sh" \
+    "testenv/run testenv/secrets.sh" \
     "testenv/sad.sh" \
     "scripts/plugin-check.sh" \
-    "testenv/run testenv/secrets.sh" \
     "testenv/run testenv/stock.sh" \
     "scripts/testbed-test.sh" \
     "testenv/unprivileged.sh scripts/demo-stage1.sh" \
