@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # matrix.sh: docs/fail-closed.md from the rows of testenv/matrix.sh.
 #
-# usage: scripts/matrix.sh ROWS.tsv >docs/fail-closed.md
+# usage: scripts/matrix.sh ROWS.tsv... >docs/fail-closed.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
-rows=$1
 
 cause() { # its description, from the scenario's own table
     awk -F'~' -v c="$1" '$1 == c && NF == 4 { print $4 }' testenv/matrix.sh | sed "s/'\"'\"'/'/g"
@@ -25,4 +24,4 @@ When: \`first\`, before the first SA; \`rekey\`, with traffic and rekeys asked f
 END
 while IFS=$'\t' read -r c when policy quantum classical unknown clear line; do
     printf '| %s | %s | %s | %s | %s | %s | %s | %s |\n' "$(cause "$c")" "$when" "$policy" "$quantum" "$classical" "$unknown" "$clear" "$(log "$line")"
-done <"$rows"
+done < <(cat "$@")

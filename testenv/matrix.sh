@@ -5,7 +5,7 @@
 # docs/fail-closed.md of them.
 #
 # usage: testenv/run testenv/matrix.sh [CAUSE[:WHEN[:POLICY]]...]
-#   default: each cause once, under `required`; ALL=1: every cell
+#   default: each cause once, under `required`; ALL=1: every cell of POLICY (required)
 #
 # Under `required` a cell passes only if every ESP packet has the SPI of an SA that a
 # qipsecd installed with a quantum key, and nothing is in clear, from before the
@@ -252,6 +252,17 @@ classes() {
 }
 spis_logged() { sed -nE "s/.*msg=\"SA installed\".* spi=([0-9a-f]{8}) .* class=$1 .*/\1/p" "$GW"/[ab]/log/qipsecd.log; }
 
+# keyed: the tunnel has a quantum key, if need be by a rekey: a cell before may have
+# ended on fallback.
+keyed() {
+    local before
+    before=$(sa_keys a)
+    spis_logged '(direct|relayed|derived)' | sort >"$GW/spi.quantum"
+    [ -z "$(cut -d' ' -f1 <<<"$before" | sed 's/^0x//' | sort | comm -23 - "$GW/spi.quantum")" ] && return
+    rekeyed "$before"
+    return 1
+}
+
 wire_ok() {
     case $policy in
     required) [ "$clear" = 0 ] && [ "$classical" = 0 ] && [ "$unknown" = 0 ] ;;
@@ -265,6 +276,7 @@ cell() { # CAUSE WHEN POLICY
     set_policy "$policy"
     case $cause in kms-* | key*) enter other ;; *) enter own ;; esac
     await 90 tunnel_up || fail "$name: no tunnel to begin with"
+    await 90 keyed || fail "$name: no quantum key to begin with"
     for n in a b; do mark[$n]=$(wc -l <"$GW/$n/log/qipsecd.log"); done
     capture_start "$name" || fail "tcpdump does not capture"
     before=$(pings)
@@ -340,7 +352,7 @@ main() {
     if [ $# = 0 ]; then
         for c in $(cut -d'~' -f1 <<<"$causes"); do
             if [ "${ALL:-}" = 1 ]; then
-                for p in required optional; do for w in $(of "$c" 2); do set -- "$@" "$c:$w:$p"; done; done
+                for w in $(of "$c" 2); do set -- "$@" "$c:$w:${POLICY:-required}"; done
             else
                 set -- "$@" "$c"
             fi
