@@ -163,8 +163,9 @@ xfrm_redacted() {
     node "$1" ip xfrm policy | redact
 }
 
-# sa_count N: how many ESP states N has, larval ones included.
+# sa_count N: how many ESP states N has, larval ones included. no_sa: neither has any.
 sa_count() { node "$1" ip xfrm state | grep -c 'proto esp'; }
+no_sa() { [ "$(sa_count a)" = 0 ] && [ "$(sa_count b)" = 0 ]; }
 
 collect() {
     local n=$1 to=$TESTENV_OUT/$1

@@ -86,8 +86,6 @@ one_ike() {
     [ -n "$ike" ] && [ "$(wc -l <<<"$ike")" = 1 ] && [ "$ike" != other ] && [ "$ike" != "$1" ] && [ "$(ikes b)" = "$ike" ]
 }
 
-agree_both() { await 10 agree a && await 10 agree b; }
-
 # counts REGEXP: how many lines of both qipsecds, resp. of both charons, are like that.
 counts() { cat "$GW"/[ab]/log/qipsecd.log | grep -cE -- "$1"; }
 charons() { cat "$GW"/[ab]/run/charon.log | grep -cE -- "$1"; }
@@ -284,7 +282,6 @@ half_open() {
 }
 waits_half_open() { node b swanctl --list-sas | grep -q CONNECTING; }
 loaded() { [ "$(grep -c 'msg="connection loaded"' "$GW/b/log/qipsecd.log")" -gt "$1" ]; }
-no_sa() { [ "$(sa_count a)" = 0 ] && [ "$(sa_count b)" = 0 ]; }
 # answers TEXT: how many answers a's charon got that carry nothing else.
 answers() { grep -cE "parsed $1 response [0-9]+ \[ N\($2\) \]" "$GW/a/run/charon.log"; }
 

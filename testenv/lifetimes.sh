@@ -22,11 +22,9 @@ limits() {
     done
 }
 
-spis() { node "$1" ip xfrm state | awk '/proto esp spi/ { print $4 }' | sort; }
 # carries: SAs at both ends, and a ping passes. With a rekey every few seconds the
 # two SADs are seldom equal: an old inbound SA stays 5 s for late packets.
 carries() { complete a && complete b && node ha ping -q -c 1 -W 1 10.2.0.2 >>"$GW/a/log/carries.log"; }
-no_sa() { [ "$(sa_count a)" = 0 ] && [ "$(sa_count b)" = 0 ]; }
 # ended SPIS: neither node has any of them.
 ended() { ! { spis a; spis b; } | grep -qxF -- "$1"; }
 key_ids() { grep -E 'msg="SA installed"' "$GW/$1/log/qipsecd.log" | sed -nE 's/.* key_id=([0-9a-f-]{36}).*/\1/p' | sort -u; }
@@ -43,14 +41,6 @@ soft_within() {
             END { exit !(in_age && (in_bytes || !bytes)) }' || return
     done
 }
-# agree N: qipsecd's journal and the SAD name the same SAs, each committed.
-agree() {
-    local json
-    json=$(qipsec "$1" sa --json) || return
-    ! grep -q '"committed": *false' <<<"$json" &&
-        [ "$(grep -oE '"spi": *"[^"]*"' <<<"$json" | sed -E 's/.*"(0x)?([0-9a-f]+)"$/0x\2/' | sort)" = "$(spis "$1")" ]
-}
-
 # ping_start NAME ARGS... / ping_end NAME: sets sent and lost.
 ping_start() {
     local name=$1

@@ -234,7 +234,6 @@ why() { for n in a b; do since "$n" | grep -E -- "$1" | sed -E "s/^/$n: /"; done
 
 pings() { grep -c 'bytes from' "$GW/ha/log/tempt.log"; }
 more_pings() { [ "$(pings)" -gt "$1" ]; }
-no_sa() { [ "$(sa_count a)" = 0 ] && [ "$(sa_count b)" = 0 ]; }
 renewed() { tunnel_up && [ "$(sa_keys a)" != "$1" ]; }
 rekey() { for n in a b; do qipsec "$n" tunnels rekey a-b >>"$GW/$n/log/rekey.log" 2>&1; done; }
 

@@ -40,21 +40,11 @@ between() { all_sas "$1" " ($2 $peer|$peer $2) - - "; }
 ports() { all_sas "$1" " ($2 $peer $3 4500|$peer $2 4500 $3) "; }
 between_both() { between a "$1" && between b "$1"; }
 
-# agree N: qipsecd's journal and the SAD name the same SAs, each committed.
-spis() { node "$1" ip xfrm state | awk '/proto esp spi/ { print $4 }' | sort; }
-agree() {
-    local json
-    json=$(qipsec "$1" sa --json) || return
-    ! grep -q '"committed": *false' <<<"$json" &&
-        [ "$(grep -oE '"spi": *"[^"]*"' <<<"$json" | sed -E 's/.*"(0x)?([0-9a-f]+)"$/0x\2/' | sort)" = "$(spis "$1")" ]
-}
-
 key_ids() { sed -nE 's/.*msg="SA installed".* key_id=([0-9a-f-]{36}).*/\1/p' "$GW/$1/log/qipsecd.log" | sort -u; }
 # fresh COUNT: at both nodes so many Key-IDs keyed SAs, and they are the same.
 fresh() { [ "$(key_ids a | wc -l)" -ge "$1" ] && [ "$(key_ids a)" = "$(key_ids b)" ]; }
 # settled: one CHILD_SA at either node, with equal keys.
 settled() { [ "$(sa_count a)" = 2 ] && [ "$(sa_count b)" = 2 ] && states_equal; }
-no_sa() { [ "$(sa_count a)" = 0 ] && [ "$(sa_count b)" = 0 ]; }
 passes() { node ha ping -q -c 3 -i 0.05 -W 1 10.2.0.2 >>"$GW/a/log/passes.log"; }
 few_lost() { [ "${sent:-0}" -ge "$1" ] && [ "${lost:-$sent}" -le "$2" ]; }
 

@@ -160,3 +160,4 @@ agree() {
     ! grep -q '"committed": *false' <<<"$json" &&
         [ "$(grep -oE '"spi": *"[^"]*"' <<<"$json" | sed -E 's/.*"(0x)?([0-9a-f]+)"$/0x\2/' | sort)" = "$(spis "$1")" ]
 }
+agree_both() { await 10 agree a && await 10 agree b; }

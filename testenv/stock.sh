@@ -67,7 +67,6 @@ wire_has() { tcpdump -n -r "$GW/wire/wire.pcap" "$@" 2>/dev/null | wc -l; }
 
 # rekeyed: both ends send with the new SA.
 rekeyed() { grep -q 'outbound CHILD_SA net{2} established' "$GW/a/run/charon.log" "$GW/b/run/charon.log"; }
-no_sa() { [ "$(sa_count a)" = 0 ] && [ "$(sa_count b)" = 0 ]; }
 
 # break_if NAME N CMD...: sabotage, asked for by TESTENV_BREAK.
 break_if() {

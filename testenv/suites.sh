@@ -374,7 +374,6 @@ lacking() {
         END { for (ends in of) if (have[of[ends]] < 4) print of[ends] }' "$pairs" - | sort -u
 }
 all_up() { [ -z "$(lacking)" ]; }
-no_sa() { [ "$(sa_count a)" = 0 ] && [ "$(sa_count b)" = 0 ]; }
 
 none_replaced() { ! grep -h 'received INITIAL_CONTACT' "$GW"/[ab]/run/charon.log; }
 
