@@ -190,12 +190,15 @@ up_three() {
 
 settled_but_trap() { settled 2 || settled 3; }
 
+# unchanged: the SAD is as `kept` has it; check prints its words, which must be no keys.
+unchanged() { [ "$(sa_keys a)" = "$kept" ]; }
+
 # ike_rekeyed BY...: the CHILD_SAs move to a new IKE_SA, with their keys.
 ike_rekeyed() {
-    local n pid pids=() old keys had
+    local n pid pids=() old had kept
     one_ike none || fail "no single IKE_SA before its rekeying"
     old=$ike
-    keys=$(sa_keys a)
+    kept=$(sa_keys a)
     had=$(asked)
     ping_start "ike-$*" 0 1 2
     for n; do
@@ -204,7 +207,7 @@ ike_rekeyed() {
     done
     for pid in "${pids[@]}"; do check "ike_rekey by $*: the command succeeds" wait "$pid"; done
     check "ike_rekey by $*: one new IKE_SA, the same at both ends" await 60 one_ike "$old"
-    check "ike_rekey by $*: the CHILD_SAs and their keys are as they were" [ "$(sa_keys a)" = "$keys" ]
+    check "ike_rekey by $*: the CHILD_SAs and their keys are as they were" unchanged
     check "ike_rekey by $*: it took no quantum key" [ "$(asked)" = "$had" ]
     ping_end "ike-$*"
     check "ike_rekey by $*: $lost of $sent packets lost" none_lost
@@ -355,6 +358,7 @@ stop_all() {
         node_stop "$n" qipsecd || return
     done
 }
+same_ikes() { [ "$(ikes a)" = "$(ikes b)" ] && [ "$(ikes a | uniq | wc -l)" = "$1" ]; }
 none_left() {
     local n
     for n in a b; do
@@ -372,7 +376,7 @@ part_many() {
     qipsecds start
     check "many: $count connections are up, each with a Key-ID of its own" await $((60 + 4 * count)) settled "$count"
     note "$count connections came up in $((SECONDS - took)) s"
-    check "many: one IKE_SA for each, the same at both ends" [ "$(ikes a | uniq | wc -l) $(ikes a)" = "$count $(ikes b)" ]
+    check "many: one IKE_SA for each, the same at both ends" same_ikes "$count"
     for ((k = 1; k <= count; k++)); do
         await 20 passes "$k" & pids+=($!)
     done
@@ -398,14 +402,16 @@ once() { [ -z "$(sort | uniq -d | tee "$GW/twice")" ]; }
 id_lines() { sed -nE "s/.*msg=\"$1\".* key_id=([0-9a-f-]{36}).*/\1/p" "$GW"/[ab]/log/qipsecd.log; }
 
 sound() {
-    local n
+    local n alone failed
     for n in a b; do
         sed -nE 's/.*msg="SA installed".* key_id=([0-9a-f-]{36}).* (inbound=[a-z]+) .*/\1 \2/p' "$GW/$n/log/qipsecd.log" >"$GW/$n/keyed"
         check "a Key-ID keyed at most one CHILD_SA on $n ($(installed_ids "$n" | wc -l) of them)" once <"$GW/$n/keyed"
     done
     check "no Key-ID was sent twice" once < <(id_lines "Key-ID in nonce")
     check "no Key-ID was fetched twice" once < <(id_lines "GetKeyWithID sent")
-    check "both ends used the same Key-IDs" [ "$(installed_ids a)" = "$(installed_ids b)" ]
+    alone=$(comm -3 <(installed_ids a) <(installed_ids b) | wc -l)
+    failed=$(counts 'set-up failed after its key was spent')
+    check "both ends used the same Key-IDs, but for $alone of $failed set-ups that failed" [ "$alone" -le "$failed" ]
     capture_stop clear
     check "no clear packet on the wire" only_ipsec clear
 }
