@@ -27,7 +27,7 @@ kms-a~first rekey traffic boot~a-b.*GetKey at KME~the KMS of a (another maker'"'
 kms-b~first rekey traffic boot~a-b.*GetKeyWithID at KME~the KMS of b is down
 keys-differ~first rekey traffic boot~a-b.*(C_i|confirm)~both KMSs give different keys for one Key-ID
 key-id-foreign~first rekey traffic boot~a-b.*GetKeyWithID~the KMS of b does not know the Key-ID
-key-id-replayed~first rekey traffic boot~a-b.*a second time~the KMS of a gives a Key-ID a second time
+key-id-replayed~first rekey traffic~a-b.*a second time~the KMS of a gives a Key-ID a second time
 plugin-missing~first boot~a-b.*has not loaded the qipsec plugin~b has no plugin
 plugin-version~first boot~a-b.*plugin was built for strongSwan~the plugin of b was built for another strongSwan
 vici~first rekey traffic boot~no charon~charon of a takes no VICI
@@ -42,6 +42,9 @@ forge~first boot~~an attacker forges IKE_SA_INIT answers
 
 ip_of() { if [ "$1" = a ]; then echo 198.51.100.1; else echo 198.51.100.2; fi; }
 of() { awk -F'~' -v c="$1" -v f="$2" '$1 == c { print $f }' <<<"$causes"; }
+
+# Key-IDs that were used are remembered in memory: a KME that gives one again to a
+# gateway that has just booted is not found out, so that cell is not there.
 
 # --- daemons: what a cause has taken away is not started -------------------------
 declare -A absent=() plugin=()
