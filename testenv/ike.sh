@@ -9,7 +9,7 @@
 #   reauth      a reauthenticates; then again with charon.make_before_break
 #   cookie      b demands a COOKIE; b takes no group but another than a's first, in
 #               IKE_SA_INIT and in CREATE_CHILD_SA
-#   many        COUNT (20) connections between the two gateways
+#   many        COUNT (20) connections between the two gateways; last, as it ends all others
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=testenv/gateways.sh
 . "$here/gateways.sh"
@@ -66,7 +66,7 @@ setting() { printf 'charon {\n%s\n}\n' "$3" >"$GW/$1/run/strongswan.d/10-$2.conf
 
 # --- what is there ---------------------------------------------------------------
 # child_keys N: "CHILD KEY-ID" of each CHILD_SA that qipsecd of N shows as installed.
-child_keys() { qipsec "$1" tunnels | awk '$1 == "-" && $6 ~ /^[0-9a-f]+-[0-9a-f-]+$/ { print $2, $6 }' | sort; }
+child_keys() { qipsec "$1" tunnels | awk '$1 == "-" && $3 == "INSTALLED" && $6 ~ /^[0-9a-f]+-[0-9a-f-]+$/ { print $2, $6 }' | sort; }
 keys_of() { awk '{ print $2 }' <<<"$1" | sort; }
 # settled COUNT: so many CHILD_SAs at both ends, equal keys, nothing beside them; each has
 # a Key-ID of its own, the same at both ends. Sets `now` to child_keys.
