@@ -806,6 +806,23 @@ METHOD(listener_t, message_, bool,
 	return TRUE;
 }
 
+/** TRUE if the IKE_SA is about to send an IKE_SA_INIT request of its own; FALSE
+ *  for one that takes the place of a rekeyed one. */
+static bool begins(ike_sa_t *ike_sa)
+{
+	enumerator_t *enumerator;
+	task_t *task;
+	bool found = FALSE;
+
+	enumerator = ike_sa->create_task_enumerator(ike_sa, TASK_QUEUE_ACTIVE);
+	while (!found && enumerator->enumerate(enumerator, &task))
+	{
+		found = task->get_type(task) == TASK_IKE_INIT;
+	}
+	enumerator->destroy(enumerator);
+	return found;
+}
+
 METHOD(listener_t, ike_state_change, bool,
 	listener_t *this, ike_sa_t *ike_sa, ike_sa_state_t change)
 {
@@ -813,6 +830,12 @@ METHOD(listener_t, ike_state_change, bool,
 	state_t *state;
 	qi_call_t call;
 
+	if (change == IKE_CONNECTING && begins(ike_sa))
+	{	/* charon starts the IKE_SA of a reauthentication, and of whatever else
+		 * reestablishes one, with the old one as the thread's, which it sets
+		 * again after */
+		charon->bus->set_sa(charon->bus, ike_sa);
+	}
 	if (change != IKE_DESTROYING)
 	{
 		return TRUE;
