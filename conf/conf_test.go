@@ -114,6 +114,7 @@ func TestFaults(t *testing.T) {
 		"node name":         {[][2]string{{`name = "a" `, `name = "Gate_A" `}}, "node.name"},
 		"no node name":      {[][2]string{{`name = "a" `, `# `}}, "node.name"},
 		"rekey reserve":     {[][2]string{{"# rekey_reserve = 32", "rekey_reserve = 0"}}, "ipsec.rekey_reserve"},
+		"listen in R":       {[][2]string{{`type1_listen = "192.0.2.1:8441"`, `type1_listen = "0.0.0.0:8441"`}, {`remote_ts = ["10.2.0.0/24"]`, `remote_ts = ["192.0.2.0/24"]`}}, "kms.type1_listen"},
 		"level":             {[][2]string{{`# level = "info"`, `level = "loud"`}}, "log.level"},
 		"listen":            {[][2]string{{`"192.0.2.1:8441"`, `"gw-a:8441"`}, {`"192.0.2.1:8442"`, `"192.0.2.1:0"`}}, "kms.type1_listen kms.type2_listen"},
 		"peer address":      {[][2]string{{`"192.0.2.2:8441"`, `"0.0.0.0:8441"`}}, "kms.peer[0].address"},

@@ -78,8 +78,24 @@ func (r *reader) ipsec(raw *rawIPsec, n *Node) *IPsec {
 	r.sharedTraffic(v.Connection)
 	if v.Guard {
 		r.routedTraffic(&Node{IPsec: v})
+		r.type1Beside(&Node{KMS: n.KMS, IPsec: v})
 	}
 	return v
+}
+
+// type1Beside refuses a type1_listen without an address where a peer lies in a
+// protected network: the guard lets Type-1 pass before charon's policies only if
+// it knows both ends, and a tunnel that carried it at one end alone would cut it.
+func (r *reader) type1Beside(n *Node) {
+	if n.KMS == nil || !n.KMS.Type1Listen.Addr().IsUnspecified() {
+		return
+	}
+	protected := append(n.required(true), n.required(false)...)
+	for _, p := range n.KMS.Peers {
+		if a := p.Address.Addr().Unmap(); slices.ContainsFunc(protected, func(r netip.Prefix) bool { return r.Contains(a) }) {
+			r.fault("kms.type1_listen", "%v: peer %s at %v lies in a remote_ts: name the address that this node has towards it", n.KMS.Type1Listen, p.Name, a)
+		}
+	}
 }
 
 // routedTraffic refuses what the guard cannot hold for an XFRM interface: a

@@ -101,6 +101,9 @@ func (c GuardConfig) Policies() ([]xfrm.Policy, error) {
 			return nil, fmt.Errorf("sad: guard: %v is not a network prefix", r)
 		}
 		routed := slices.Contains(c.Routed, r)
+		if routed && r.Bits() == 0 {
+			return nil, fmt.Errorf("sad: guard: a blackhole route to %v would lose against the default route", r)
+		}
 		for _, p := range blocks(r) {
 			if !routed || p.Dir != xfrm.Out || !p.Block {
 				add(p)

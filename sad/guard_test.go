@@ -330,6 +330,7 @@ func TestGuardOfXFRMInterface(t *testing.T) {
 func TestGuardErrors(t *testing.T) {
 	for name, c := range map[string]GuardConfig{
 		"host bits":        {Remotes: prefixes("10.2.0.1/16")},
+		"all routed":       {Routed: []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}},
 		"no prefix":        {Remotes: []netip.Prefix{{}}},
 		"mapped":           {Remotes: []netip.Prefix{netip.MustParsePrefix("::ffff:10.2.0.0/112")}},
 		"channel":          {Allow: []Channel{{Protocol: 6}}},

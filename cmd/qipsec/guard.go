@@ -87,6 +87,10 @@ func guardSetup(f func(context.Context, *app, *sad.Guard, sad.GuardConfig, bool)
 			if err != nil {
 				return err
 			}
+			if n.IPsec != nil && !n.IPsec.Guard {
+				fmt.Fprintf(a.out, "%s says guard = false: nothing is guarded\n", *config)
+				return nil
+			}
 			var c sad.GuardConfig
 			var allow []conf.Channel
 			c.Remotes, allow = n.Guarded()
