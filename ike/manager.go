@@ -46,13 +46,14 @@ type timing struct {
 	debounce   time.Duration // from an event to the listing that it causes
 	tick       time.Duration
 	measure    time.Duration // between two questions for the level of keys
+	follow     time.Duration // for the end that leads to rekey what was moved, before the other one asks
 }
 
 var defaultTiming = timing{
 	helloGrace: 10 * time.Second,
 	redialMin:  500 * time.Millisecond, redialMax: 10 * time.Second,
 	retryMin: 2 * time.Second, retryMax: 15 * time.Second, // the Broker's back-off spares the keys
-	debounce: 50 * time.Millisecond, tick: time.Second, measure: 10 * time.Second,
+	debounce: 50 * time.Millisecond, tick: time.Second, measure: 10 * time.Second, follow: 5 * time.Second,
 }
 
 // Manager keeps charon's connections as the configuration says. Run owns the
@@ -84,6 +85,13 @@ type link struct {
 	faults  map[string]string // why a connection is not loaded
 	keys    map[string]string // ids of private keys by path
 	next    map[childName]retry
+	moved   []movedSA // to be rekeyed from here if the peer does not
+}
+
+// movedSA is an SA at new addresses, and when it is rekeyed if it is still there.
+type movedSA struct {
+	id sad.ID
+	at time.Time
 }
 
 // childName names a child of a connection.
@@ -246,7 +254,7 @@ func (m *Manager) serve(ctx context.Context, l *link) error {
 			m.mu.Unlock()
 			err = m.settle(ctx, l)
 		case id := <-m.o.Broker.rekeys:
-			err = m.rekeyMoved(ctx, l, id)
+			err = m.rekeyMoved(ctx, l, id, false)
 		case <-m.kick:
 			look.Reset(0)
 			soon = true
@@ -257,6 +265,11 @@ func (m *Manager) serve(ctx context.Context, l *link) error {
 			if err = m.settle(ctx, l); err == nil && len(m.due(l, time.Now())) > 0 {
 				// With a fresh view: charon tells nobody that it is connecting.
 				err = m.look(ctx, l)
+			}
+			for err == nil && len(l.moved) > 0 && !time.Now().Before(l.moved[0].at) {
+				id := l.moved[0].id
+				l.moved = l.moved[1:]
+				err = m.rekeyMoved(ctx, l, id, true)
 			}
 			if err == nil {
 				m.pace(ctx, l, time.Now())

@@ -111,7 +111,7 @@ func newSite(t *testing.T, change func(*site, []Connection) []Connection) *site 
 	}
 	s.t, s.Manager.t = t, timing{
 		helloGrace: 10 * time.Millisecond, redialMin: time.Millisecond, redialMax: 20 * time.Millisecond,
-		retryMin: 4 * time.Millisecond, retryMax: 20 * time.Millisecond, debounce: time.Millisecond, tick: 5 * time.Millisecond, measure: 5 * time.Millisecond,
+		retryMin: 4 * time.Millisecond, retryMax: 20 * time.Millisecond, debounce: time.Millisecond, tick: 5 * time.Millisecond, measure: 5 * time.Millisecond, follow: 200 * time.Millisecond,
 	}
 	return s
 }
@@ -563,6 +563,10 @@ func TestManagerMovedSA(t *testing.T) {
 	s.broker.rekeys <- sad.ID{SPI: 0xcf000001, Protocol: 50}
 	eventually(t, "rekeyed", func() bool { return len(s.charon.Calls("rekey")) == 1 })
 	if id := s.charon.Calls("rekey")[0].Message.Text("child-id"); id != "101" {
+		t.Errorf("child %q", id)
+	}
+	eventually(t, "the other one rekeyed, as the peer did not", func() bool { return len(s.charon.Calls("rekey")) == 2 })
+	if id := s.charon.Calls("rekey")[1].Message.Text("child-id"); id != "102" {
 		t.Errorf("child %q", id)
 	}
 }

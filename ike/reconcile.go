@@ -203,21 +203,24 @@ func (m *Manager) update(ikes []vici.IKESA, states []sad.State, at time.Time) {
 }
 
 // rekeyMoved rekeys the CHILD_SA of an SA that was moved to new addresses: its
-// sequence numbers were advanced, a fresh key ends that state. Both ends move
-// theirs, and one rekeying renews all four SAs, so only the end that leads asks.
-func (m *Manager) rekeyMoved(ctx context.Context, l *link, id sad.ID) error {
+// sequence numbers were advanced, a fresh key ends that state. Mostly both ends
+// move theirs, and one rekeying renews all four SAs, so the end that leads asks at
+// once. The other does late: behind a NAT the leader may not see that there is
+// anything to move.
+func (m *Manager) rekeyMoved(ctx context.Context, l *link, id sad.ID, late bool) error {
 	ikes, err := l.client.SAs(ctx)
 	if err != nil {
 		m.log.Warn("moved SA not rekeyed", "spi", fmt.Sprintf("%08x", id.SPI), "cause", err)
 		return nil
 	}
 	for _, ike := range ikes {
-		if !leads(ike) {
-			continue
-		}
 		for _, ch := range ike.Children {
 			if !ch.Up() || ch.SPIIn != id.SPI && ch.SPIOut != id.SPI {
 				continue
+			}
+			if !late && !leads(ike) {
+				l.moved = append(l.moved, movedSA{id, time.Now().Add(m.t.follow)})
+				return nil
 			}
 			m.log.Info("tunnel command", "connection", ike.Conn, "child", ch.Name, "rekey", true, "why", "its addresses changed")
 			if _, err := l.client.Rekey(ctx, ch.UniqueID); err != nil {
