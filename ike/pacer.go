@@ -13,6 +13,7 @@ import (
 const (
 	supplyWindow = 10 * time.Minute // for which rates are measured, and over which the stock above the reserve is spread
 	supplyLeast  = time.Minute      // no rate from less
+	staleAfter   = 30 * time.Second // three measurings: a level is no longer known
 	alarmAfter   = 10 * time.Second // of trouble without a break
 	calmAfter    = 5 * time.Minute  // without trouble
 
@@ -89,7 +90,7 @@ type paced struct {
 	ready       bool // charon can rekey it now
 
 	// By schedule:
-	pool        *pool // nil: its level is not known
+	pool        *pool // nil: its level is not known, or no longer
 	due, latest time.Time
 }
 
@@ -141,6 +142,12 @@ func (p *pacer) measured(at time.Time, id poolID, level, most, taken int) {
 
 func (v *pool) trim(now time.Time) {
 	v.samples = slices.DeleteFunc(v.samples, func(s sample) bool { return now.Sub(s.at) > supplyWindow })
+}
+
+// stale reports whether v's level is no longer known. Counting down the last one
+// would end at zero, however many keys there are.
+func (v *pool) stale(now time.Time) bool {
+	return now.Sub(v.samples[len(v.samples)-1].at) > staleAfter
 }
 
 // rates gives how many keys come (less what others take) and how many this node
@@ -195,7 +202,11 @@ func (p *pacer) plan(now time.Time, list []paced) ([]paced, []Event) {
 	}
 	for i := range list {
 		c := &list[i]
-		if c.pool = p.pools[p.of[c.pair]]; c.pool != nil {
+		c.pool = p.pools[p.of[c.pair]]
+		if c.pool != nil && c.pool.stale(now) {
+			c.pool = nil
+		}
+		if c.pool != nil {
 			byPool[c.pool] = append(byPool[c.pool], c)
 		}
 	}
@@ -205,6 +216,10 @@ func (p *pacer) plan(now time.Time, list []paced) ([]paced, []Event) {
 	asked := p.choose(now, p.schedule(now, list))
 	var events []Event
 	for _, v := range p.pools {
+		if v.stale(now) {
+			v.turned = time.Time{}
+			continue
+		}
 		if e, ok := v.judge(now, byPool[v]); ok {
 			events = append(events, e)
 		}
@@ -371,7 +386,7 @@ func (p *pacer) supply(of saePair) *Supply {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	v := p.pools[p.of[of]]
-	if v == nil {
+	if v == nil || v.stale(p.planned) {
 		return nil
 	}
 	s := &Supply{Pool: v.id.String(), Level: v.level, Reserve: v.reserve, Interval: v.share, Dry: -1}

@@ -22,6 +22,7 @@ type supplySim struct {
 	keys   float64
 	rate   float64 // keys per second
 	most   int     // that the KME stores
+	silent bool    // the KME tells no level
 	taken  int
 	list   []paced
 	nextID uint32
@@ -57,7 +58,7 @@ func (s *supplySim) run(d time.Duration) int {
 	sum := 0
 	for end := s.now.Add(d); s.now.Before(end); s.now = s.now.Add(time.Second) {
 		s.keys = min(s.keys+s.rate, float64(s.most))
-		if s.now.Second()%10 == 0 {
+		if s.now.Second()%10 == 0 && !s.silent {
 			s.pacer.measured(s.now, poolID{"local", "b"}, int(s.keys), s.most, s.taken)
 		}
 		due, events := s.pacer.plan(s.now, s.list)
@@ -244,6 +245,25 @@ func TestSupplyDryAndBack(t *testing.T) {
 	s.run(20 * time.Minute)
 	if s.story() != "alarm alarm run" {
 		t.Errorf("%+v", s.events)
+	}
+}
+
+// A KME that gives keys but tells its level no more is paced by policy alone,
+// not by the last level less what was taken since.
+func TestSupplyStale(t *testing.T) {
+	s := newSupplySim(40, 0)
+	s.add("x", 100, time.Minute, 5*time.Minute)
+	s.run(30 * time.Second)
+	s.silent, s.keys = true, 1e6
+	s.run(time.Minute)
+	if n := s.run(8 * time.Minute); n < 750 || s.oldest > 3*time.Minute {
+		t.Errorf("%d rekeyings of 800, an SA became %v old", n, s.oldest)
+	}
+	if s.story() != "" {
+		t.Errorf("%+v", s.events)
+	}
+	if v := s.pacer.supply(simPair); v != nil {
+		t.Errorf("an old level is told: %+v", v)
 	}
 }
 
