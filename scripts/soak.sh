@@ -141,7 +141,7 @@ part_matrix() {
 
 part_suites() { TESTENV_MEM=1G scenario 600 suites testenv/run testenv/suites.sh; }
 part_restarts() { ALL=1 TESTENV_PASS=ALL scenario 1500 restarts testenv/run testenv/restarts.sh; }
-part_many() { COUNT=100 TESTENV_MEM=1G scenario 900 many testenv/run testenv/ike.sh many; }
+part_many() { COUNT=100 TESTENV_MEM=1G scenario 1200 many testenv/run testenv/ike.sh many; }
 
 part_late() {
     ALL=1 COUNT=40 TESTENV_PASS=ALL scenario 2400 late testenv/run testenv/late.sh || return
