@@ -133,7 +133,8 @@ func (p *pacer) measured(at time.Time, id poolID, level, most, taken int) {
 		v = &pool{id: id, reserve: p.reserve}
 		p.pools[id] = v
 	}
-	if v.level, v.most = level, most; level > 0 && !slices.ContainsFunc(v.samples, func(s sample) bool { return s.level > 0 }) {
+	v.level, v.most = level, most
+	if n := len(v.samples); level > 0 && n > 0 && v.samples[n-1].level <= 0 {
 		v.samples = nil // what fills an empty pool, a first file or the peer's agreement, is no rate
 	}
 	v.samples = append(v.samples, sample{at, level, taken})

@@ -267,6 +267,24 @@ func TestSupplyStale(t *testing.T) {
 	}
 }
 
+// A pool that a peer's restart shows as empty for a while does not come back with
+// a rate that nothing delivers.
+func TestSupplyEmptyForAWhile(t *testing.T) {
+	s := newSupplySim(2000, 1)
+	s.add("x", 1000, time.Minute, 24*time.Hour)
+	s.run(15 * time.Minute)
+	was := s.keys
+	s.keys = -s.rate
+	s.run(time.Second) // the one reading
+	s.keys = was
+	for range 15 * 60 {
+		s.run(time.Second)
+		if v := s.pacer.supply(simPair); v.Measured && v.SupplyRate > 1.5 {
+			t.Fatalf("%s: %.2f keys per second come, in truth 1", s.now.Format(time.TimeOnly), v.SupplyRate)
+		}
+	}
+}
+
 // A supply about the limit of what is needed does not cause an event each time.
 func TestSupplyEventsDoNotFlap(t *testing.T) {
 	s := newSupplySim(defaultReserve, 0)
