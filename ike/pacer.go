@@ -196,11 +196,7 @@ func (p *pacer) plan(now time.Time, list []paced) ([]paced, []Event) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	byPool := map[*pool][]*paced{}
-	for id, v := range p.pools {
-		if v.trim(now); len(v.samples) == 0 {
-			delete(p.pools, id) // its KME has said nothing for long
-		}
-	}
+	events := p.forget(now)
 	for i := range list {
 		c := &list[i]
 		c.pool = p.pools[p.of[c.pair]]
@@ -215,7 +211,6 @@ func (p *pacer) plan(now time.Time, list []paced) ([]paced, []Event) {
 		v.afford(p.reserve, byPool[v])
 	}
 	asked := p.choose(now, p.schedule(now, list))
-	var events []Event
 	for _, v := range p.pools {
 		if v.stale(now) {
 			v.turned = time.Time{}
@@ -226,6 +221,22 @@ func (p *pacer) plan(now time.Time, list []paced) ([]paced, []Event) {
 		}
 	}
 	return asked, events
+}
+
+// forget drops the pools of which their KMEs have said nothing for long, and ends
+// their trouble, which nobody can tell any more.
+func (p *pacer) forget(now time.Time) []Event {
+	var events []Event
+	for id, v := range p.pools {
+		if v.trim(now); len(v.samples) > 0 {
+			continue
+		}
+		delete(p.pools, id)
+		if v.trouble != enough {
+			events = append(events, Event{Severity: Run, Code: EventSupply, Text: fmt.Sprintf("how many keys are left at %s is not known any more: its SAs are rekeyed by rekey_time alone", id)})
+		}
+	}
+	return events
 }
 
 // afford sets reserve and share for the CHILD_SAs that take from v. Each of them

@@ -285,6 +285,31 @@ func TestSupplyEmptyForAWhile(t *testing.T) {
 	}
 }
 
+// The trouble of a pool whose KME falls silent does not last for ever: it ends once,
+// with the true reason, and what the KME says later is judged anew.
+func TestSupplyAlarmOfASilentPoolEnds(t *testing.T) {
+	s := newSupplySim(0, 0)
+	s.add("x", 1, time.Minute, 10*time.Minute)
+	s.run(9 * time.Minute)
+	if s.story() != "alarm alarm" || !strings.Contains(s.events[1].Text, "no key is left") {
+		t.Fatalf("%+v", s.events)
+	}
+	s.silent = true
+	s.run(5 * time.Minute)
+	if s.story() != "alarm alarm" {
+		t.Errorf("too soon: %+v", s.events)
+	}
+	s.run(15 * time.Minute)
+	if s.story() != "alarm alarm run" || !strings.Contains(s.events[2].Text, "not known") {
+		t.Errorf("%+v", s.events)
+	}
+	s.silent, s.keys = false, 1000
+	s.run(20 * time.Minute)
+	if s.story() != "alarm alarm run" {
+		t.Errorf("%+v", s.events)
+	}
+}
+
 // A supply about the limit of what is needed does not cause an event each time.
 func TestSupplyEventsDoNotFlap(t *testing.T) {
 	s := newSupplySim(defaultReserve, 0)
