@@ -17,11 +17,12 @@ const (
 	alarmAfter   = 10 * time.Second // of trouble without a break
 	calmAfter    = 5 * time.Minute  // without trouble
 
-	defaultReserve  = 32   // keys; one for each CHILD_SA where those are more
-	rekeysPerSecond = 20   // asked of charon, over all connections
-	jitter          = 0.1  // of an interval, to either side
-	followAfter     = 1.5  // intervals of the end that does not lead
-	latestShare     = 0.65 // of max_key_age, and jitter: charon's own timer begins at 0.72
+	defaultReserve  = 32                                         // keys; one for each CHILD_SA where those are more
+	rekeysPerSecond = 20                                         // asked of charon, over all connections
+	jitter          = 0.1                                        // of an interval, to either side
+	followAfter     = 1.5                                        // intervals of the end that does not lead
+	latestShare     = 0.65                                       // of max_key_age, and jitter: charon's own timer begins at 0.72
+	mostPolicy      = latestShare / (followAfter * (1 + jitter)) // of max_key_age: both ends' turns come before any rekeying is forced
 	againMin        = 30 * time.Second
 	againMax        = 2 * time.Minute // between requests for one CHILD_SA; charon repeats by itself meanwhile
 	forever         = 10 * 365 * 24 * time.Hour

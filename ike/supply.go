@@ -163,7 +163,7 @@ func (m *Manager) paced(l *link) []paced {
 				}
 				out = append(out, paced{
 					id: ch.UniqueID, conn: c.Name, child: ch.Name, pair: pairOf(c),
-					policy: cmp.Or(c.Children[i].RekeyTime, defaultRekey), limit: c.MaxKeyAge,
+					policy: policyOf(c.Children[i].RekeyTime, c.MaxKeyAge), limit: c.MaxKeyAge,
 					since: m.at.Add(-ch.Installed), leads: leads(ike),
 					ready: ike.State == "ESTABLISHED" && ch.State == "INSTALLED" && backOff == 0,
 				})
@@ -171,6 +171,17 @@ func (m *Manager) paced(l *link) []paced {
 		}
 	}
 	return out
+}
+
+// policyOf is the shortest interval between rekeyings by time. A longer one would
+// leave the end that follows no window of its own before the limit, where both
+// ends rekey and may take from the reserve.
+func policyOf(rekeyTime, limit time.Duration) time.Duration {
+	policy := cmp.Or(rekeyTime, defaultRekey)
+	if limit > 0 {
+		policy = min(policy, times(limit, mostPolicy))
+	}
+	return policy
 }
 
 // leads reports whether this end rekeys first: the one that began the IKE_SA,

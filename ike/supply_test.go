@@ -338,6 +338,43 @@ func TestSupplyFollower(t *testing.T) {
 	}
 }
 
+// However long rekey_time is, the end that leads rekeys before the other one
+// would, and the other one before it is forced to.
+func TestSupplyPolicyLeavesRoom(t *testing.T) {
+	const limit = time.Hour
+	if p := policyOf(10*time.Minute, limit); p != 10*time.Minute {
+		t.Errorf("a short rekey_time became %v", p)
+	}
+	if p := policyOf(9*time.Hour, 0); p != 9*time.Hour {
+		t.Errorf("without max_key_age: %v", p)
+	}
+	for _, rekeyTime := range []time.Duration{0, 25 * time.Minute, 50 * time.Minute, 24 * time.Hour} {
+		p := newPacer(0)
+		var list []paced
+		start := time.Unix(1e9, 0)
+		for i := range uint32(200) {
+			list = append(list, paced{id: i, pair: simPair, policy: policyOf(rekeyTime, limit), limit: limit, since: start, leads: i%2 == 0})
+		}
+		p.plan(start, list)
+		var leader time.Time
+		follower := start.Add(limit)
+		for _, c := range list {
+			if c.leads && c.due.After(leader) {
+				leader = c.due
+			}
+			if !c.leads && c.due.Before(follower) {
+				follower = c.due
+			}
+			if c.forced(c.due) {
+				t.Fatalf("rekey_time %v: forced when due (leads: %v)", rekeyTime, c.leads)
+			}
+		}
+		if !leader.Before(follower) {
+			t.Errorf("rekey_time %v: the last leader at %v, the first follower at %v", rekeyTime, leader.Sub(start), follower.Sub(start))
+		}
+	}
+}
+
 // Two ends with a half of the pool each: the one that leads runs short, the other
 // steps in, and in the end all keys are used.
 func TestSupplyBothHalves(t *testing.T) {
