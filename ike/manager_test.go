@@ -300,16 +300,14 @@ func TestManagerVersion(t *testing.T) {
 	if _, err := s.broker.GetKey(t.Context(), plugin.GetKey{SA: plugin.SA{Instance: s.inst, UID: 1}, Connection: "link"}); err == nil || !strings.Contains(err.Error(), "rebuild the plugin") {
 		t.Errorf("a plugin of another version got an answer: %v", err)
 	}
-	text, err := s.Explain("link")
-	if err != nil || !strings.Contains(text, "blocked") || !strings.Contains(text, "6.0.1") {
-		t.Errorf("%s, %v", text, err)
-	}
+	eventually(t, "explained", func() bool { // the view follows
+		text, err := s.Explain("link")
+		return err == nil && strings.Contains(text, "blocked") && strings.Contains(text, "6.0.1")
+	})
 	s.hello("5.9.8")
 	eventually(t, "up again", s.is("link", StateUp))
 }
 
-// charon dies and comes back: everything is loaded and initiated again, and
-// what the dead one left in the SAD goes.
 // A required connection that charon is told to key by itself is not loaded, and
 // what an earlier run left of it is taken out.
 func TestManagerBypassed(t *testing.T) {
@@ -337,6 +335,8 @@ func TestManagerBypassed(t *testing.T) {
 	}
 }
 
+// charon dies and comes back: everything is loaded and initiated again, and
+// what the dead one left in the SAD goes.
 func TestManagerReconnect(t *testing.T) {
 	s := newSite(t, nil)
 	s.connects(sad.Owner{Connection: "link", Mix: sad.MixHybrid})
