@@ -35,7 +35,7 @@ type1~first rekey traffic boot~a-b.*(GetKeyWithID|GetKey at KME)~Type-1 is cut: 
 qkde~first rekey traffic boot~~both QKDEs are silent, with keys in the pool
 pool-dry~first rekey traffic boot~a-b.*(no key|empty)~the pool has run dry
 damaged~first rekey traffic boot~~a damaged QKD-Key file at b
-stock-peer~first boot~a-b.*does not speak Q-IPsec~b is a stock charon
+stock-peer~first~a-b.*does not speak Q-IPsec~b is a stock charon
 strip~first boot~a-b.*does not speak Q-IPsec~an attacker takes the support notify out
 forge~first boot~~an attacker forges IKE_SA_INIT answers
 '
@@ -44,7 +44,8 @@ ip_of() { if [ "$1" = a ]; then echo 198.51.100.1; else echo 198.51.100.2; fi; }
 of() { awk -F'~' -v c="$1" -v f="$2" '$1 == c { print $f }' <<<"$causes"; }
 
 # Key-IDs that were used are remembered in memory: a KME that gives one again to a
-# gateway that has just booted is not found out, so that cell is not there.
+# gateway that has just booted is not found out, so that cell is not there. Nor is
+# stock-peer at boot: without the peer's KMS there is no key, as with `qipsecd`.
 
 # --- daemons: what a cause has taken away is not started -------------------------
 declare -A absent=() plugin=()
