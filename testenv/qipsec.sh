@@ -137,9 +137,9 @@ wire() {
 }
 
 # in_clear NAME: packets of a stopped capture that are neither IKE, ESP nor ARP, nor
-# the gateways' own ICMP about their IKE.
+# the gateways' own ICMP about it.
 in_clear() {
-    wire "$1" 'not (udp port 500 or udp port 4500 or esp or arp) and not (icmp and host 192.0.2.1 and host 192.0.2.2)'
+    wire "$1" 'not (udp port 500 or udp port 4500 or esp or arp) and not (icmp and host 192.0.2.1 and host 192.0.2.2) and not (src net 192.0.2.0/24 and dst net 192.0.2.0/24 and (icmp[icmptype] == icmp-unreach or icmp[icmptype] == icmp-redirect))'
 }
 only_ipsec() { [ "$(in_clear "$1")" = 0 ]; }
 
