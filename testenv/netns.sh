@@ -57,7 +57,8 @@ everything() {
     settings
     for ns in east west; do ip -n "$ns" xfrm state && ip -n "$ns" xfrm policy; done
     cat /proc/mounts
-    find /run /tmp /dev/shm -path "$GW" -prune -o -print | sort
+    # but the repository's, where other scenarios write at the same time
+    find /run /tmp /dev/shm \( -path "$GW" -o -path "$TESTENV_REPO" -o -path "$TESTENV_OUT" \) -prune -o -print | sort
     for pid in /proc/[0-9]*; do
         if [ "$pid/ns/net" -ef /run/netns/east ] || [ "$pid/ns/net" -ef /run/netns/west ]; then cat "$pid/comm"; fi
     done

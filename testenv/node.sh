@@ -96,6 +96,7 @@ node_start() {
     mkdir -p "$GW/$n/log"
     setsid "${enter[@]}" "$@" </dev/null >>"$GW/$n/log/$name.log" 2>&1 &
     task_pid[$n/$name]=$!
+    if declare -F node_started >/dev/null; then node_started "$n" "$name" "$!"; fi
 }
 
 node_alive() { kill -0 "${task_pid[$1/$2]}" 2>/dev/null; }
