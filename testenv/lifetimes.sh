@@ -41,19 +41,6 @@ soft_within() {
             END { exit !(in_age && (in_bytes || !bytes)) }' || return
     done
 }
-# ping_start NAME ARGS... / ping_end NAME: sets sent and lost.
-ping_start() {
-    local name=$1
-    shift
-    nsenter --net=/run/netns/ha ping -q -W 2 "$@" 10.2.0.2 >"$GW/a/log/$name.log" &
-    ping=$!
-}
-ping_end() {
-    kill -INT "$ping"
-    wait "$ping"
-    sent=$(awk '/packets transmitted/ { print $1 }' "$GW/a/log/$1.log")
-    lost=$(awk '/packets transmitted/ { print $1 - $4 }' "$GW/a/log/$1.log")
-}
 none_lost() { [ "${sent:-0}" -ge "$1" ] && [ "${lost:-1}" -eq 0 ]; }
 
 soft() { # NAME SECONDS BYTES PING...: two rekeys that nobody asked for

@@ -51,21 +51,6 @@ few_lost() { [ "${sent:-0}" -ge "$1" ] && [ "${lost:-$sent}" -le "$2" ]; }
 # busy: each SA of b has carried 100 packets.
 busy() { sas b | awk '$6 < 100 { few = 1 } END { exit few || !NR }'; }
 
-# ping_start NAME ARGS... / ping_end NAME: from ha to hb; sets sent and lost.
-ping_start() {
-    local name=$1
-    shift
-    # its own process, not a function's subshell: SIGINT must reach ping itself
-    nsenter --net=/run/netns/ha ping -q -W 2 "$@" 10.2.0.2 >"$GW/a/log/$name.log" &
-    ping=$!
-}
-ping_end() {
-    kill -INT "$ping"
-    wait "$ping"
-    sent=$(awk '/packets transmitted/ { print $1 }' "$GW/a/log/$1.log")
-    lost=$(awk '/packets transmitted/ { print $1 - $4 }' "$GW/a/log/$1.log")
-}
-
 # watch NS INTERFACE NAME: a capture of all that passes there; unwatch NS NAME ends it.
 watch() {
     mkdir -p "$GW/wire"

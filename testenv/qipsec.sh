@@ -161,3 +161,18 @@ agree() {
         [ "$(grep -oE '"spi": *"[^"]*"' <<<"$json" | sed -E 's/.*"(0x)?([0-9a-f]+)"$/0x\2/' | sort)" = "$(spis "$1")" ]
 }
 agree_both() { await 10 agree a && await 10 agree b; }
+
+# ping_start NAME ARGS... / ping_end NAME: from ha to hb; sets sent and lost.
+ping_start() {
+    local name=$1
+    shift
+    # its own process, not a function's subshell: SIGINT must reach ping itself
+    nsenter --net=/run/netns/ha ping -q -W 2 "$@" 10.2.0.2 >"$GW/a/log/$name.log" &
+    ping=$!
+}
+ping_end() {
+    kill -INT "$ping"
+    wait "$ping"
+    sent=$(awk '/packets transmitted/ { print $1 }' "$GW/a/log/$1.log")
+    lost=$(awk '/packets transmitted/ { print $1 - $4 }' "$GW/a/log/$1.log")
+}
