@@ -1,7 +1,8 @@
 // Command testrun runs every test of the project and sums up: the Go tests,
 // then the scenarios that are named on its command line, each a command in one
 // argument. It prints failures and skips as they are, searches all output for
-// key bytes, and ends with the line "total: N passed, N failed, N skipped".
+// key bytes, repeats in a few lines what failed, and ends with the line
+// "total: N passed, N failed, N skipped".
 package main
 
 import (
@@ -17,6 +18,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -44,7 +46,20 @@ func main() {
 }
 
 // tally counts results; a skip is shown with its reason.
-type tally struct{ passed, failed, skipped int }
+type tally struct {
+	passed, failed, skipped int
+
+	failures []string // a few lines each, repeated at the end
+}
+
+// lastLines is how many lines of output stand beside a failure at the end.
+const lastLines = 12
+
+func (t *tally) fail(what string, lines []string) {
+	t.failed++
+	lines = lines[max(0, len(lines)-lastLines):]
+	t.failures = append(t.failures, strings.Join(append([]string{what}, lines...), "\n    "))
+}
 
 func run(ctx context.Context, out string, pkgs, commands []string, parallel int, timeout time.Duration) (bool, error) {
 	if err := os.RemoveAll(out); err != nil {
@@ -73,10 +88,12 @@ func run(ctx context.Context, out string, pkgs, commands []string, parallel int,
 		return false, err
 	}
 	if len(leaks) > 0 {
-		t.failed++
-		fmt.Printf("FAIL key bytes in the output of the run:\n  %s\n", strings.Join(leaks, "\n  "))
+		t.fail("key bytes in the output of the run", leaks)
 	} else {
 		t.passed++
+	}
+	for _, f := range t.failures {
+		fmt.Println("failed:", f)
 	}
 	fmt.Printf("total: %d passed, %d failed, %d skipped\n", t.passed, t.failed, t.skipped)
 	return t.failed == 0, nil
@@ -117,8 +134,7 @@ func goTests(ctx context.Context, t *tally, log string, pkgs []string, keys stri
 		var e event
 		if err := d.Decode(&e); err != nil {
 			if !errors.Is(err, io.EOF) {
-				fmt.Printf("FAIL go test -json cannot be read: %v\n", err)
-				t.failed++
+				t.fail(fmt.Sprintf("go test -json cannot be read: %v", err), nil)
 			}
 			break
 		}
@@ -127,8 +143,7 @@ func goTests(ctx context.Context, t *tally, log string, pkgs []string, keys stri
 	}
 	_, _ = io.Copy(io.Discard, pipe)
 	if err := cmd.Wait(); err != nil && t.failed == failed {
-		fmt.Printf("FAIL go test: %v (see %s)\n", err, log)
-		t.failed++
+		t.fail(fmt.Sprintf("go test: %v (see %s)", err, log), nil)
 	}
 	return ctx.Err()
 }
@@ -151,14 +166,9 @@ func (t *tally) goEvent(e event, output map[string]*bytes.Buffer) {
 			fmt.Printf("ok   %s (%.1f s)\n", e.Package, e.Elapsed)
 		}
 	case "fail":
-		if e.Test != "" {
-			t.failed++
-			fmt.Printf("FAIL %s\n%s", id, output[id])
-		} else {
-			// A package that fails to build or dies outside a test counts too.
-			t.failed++
-			fmt.Printf("FAIL %s\n%s", e.Package, output[id])
-		}
+		// A package that fails to build or dies outside a test counts too.
+		fmt.Printf("FAIL %s\n%s", id, output[id])
+		t.fail(id, said(output[id]))
 	case "skip":
 		if e.Test != "" {
 			t.skipped++
@@ -169,6 +179,27 @@ func (t *tally) goEvent(e event, output map[string]*bytes.Buffer) {
 	}
 	delete(output, id)
 }
+
+// said gives what a test itself printed, without the logs of the daemons it ran;
+// without such lines, all of it.
+func said(output *bytes.Buffer) []string {
+	if output == nil {
+		return nil
+	}
+	all := strings.Split(strings.TrimSpace(output.String()), "\n")
+	var own []string
+	for _, line := range all {
+		if testLine.MatchString(line) {
+			own = append(own, line)
+		}
+	}
+	if own == nil {
+		return all
+	}
+	return own
+}
+
+var testLine = regexp.MustCompile(`^\s*\w+\.go:\d+: `)
 
 // scenarios runs the commands in their order, so many at once, and prints what
 // each has to say when it has ended.
@@ -185,6 +216,7 @@ func scenarios(ctx context.Context, t *tally, out string, commands []string, par
 			t.passed += one.passed
 			t.failed += one.failed
 			t.skipped += one.skipped
+			t.failures = append(t.failures, one.failures...)
 			fmt.Print(text.String())
 			return err
 		})
@@ -224,15 +256,17 @@ func scenario(ctx context.Context, text io.Writer, out, command string, timeout 
 	go func() { done <- cmd.Wait(); w.Close() }()
 	sc := bufio.NewScanner(r)
 	sc.Buffer(nil, 1<<20)
+	var recent []string
 	for sc.Scan() {
 		line := strings.TrimRight(sc.Text(), "\r")
 		fmt.Fprintln(f, line)
+		recent = append(recent[max(0, len(recent)-lastLines+1):], line)
 		switch {
 		case strings.HasPrefix(line, "ok - "):
 			t.passed++
 		case strings.HasPrefix(line, "not ok - "):
-			t.failed++
 			fmt.Fprintf(text, "FAIL %s: %s\n", command, line)
+			t.fail(command, recent)
 		case strings.HasPrefix(line, "skip - "):
 			t.skipped++
 			fmt.Fprintf(text, "skip %s: %s\n", command, line)
@@ -243,8 +277,8 @@ func scenario(ctx context.Context, text io.Writer, out, command string, timeout 
 	checks := t.passed + t.failed
 	switch {
 	case failure != nil && t.failed == 0 || checks == 0:
-		t.failed++
 		fmt.Fprintf(text, "FAIL %s: exit: %v, %d checks (see %s)\n", command, failure, checks, f.Name())
+		t.fail(fmt.Sprintf("%s: exit: %v", command, failure), recent)
 	case t.failed == 0:
 		fmt.Fprintf(text, "ok   %s: %d checks (%.1f s)\n", command, checks, time.Since(start).Seconds())
 	}

@@ -67,6 +67,10 @@ func TestFullDisk(t *testing.T) {
 	s.nodes[0].never, s.nodes[1].never = lost, lost
 	resize := s.smallDisk(0, 4)
 	s.up()
+	if err := s.feed(perFile); err != nil {
+		t.Fatal(err)
+	}
+	s.supplying() // a lease takes a write, so it must be there before the disk is full
 	l := newLedger()
 	for round := range 2 {
 		s.fillDisk(perFile)

@@ -157,7 +157,15 @@ func TestKill9DuringIntakeAndRatchet(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		time.Sleep(time.Duration(rng.Int64N(int64(150 * time.Millisecond)))) // the random moment
+		// The random moment: by time, or as soon as so many files are still there.
+		if i%4 < 2 {
+			time.Sleep(time.Duration(rng.Int64N(int64(150 * time.Millisecond))))
+		} else {
+			left := 1 + rng.IntN(2*files/min(files, strikes))
+			for end := time.Now().Add(bound); s.waiting(0)+s.waiting(1) > left && time.Now().Before(end); {
+				time.Sleep(time.Millisecond)
+			}
+		}
 		if s.waiting(0)+s.waiting(1) > 0 {
 			amid++
 		}
@@ -183,6 +191,9 @@ func TestKill9DuringIntakeAndRatchet(t *testing.T) {
 	burned, most := fed-p.Active-issued[0]-issued[1], (strikes+1)*2*2*growth*lease
 	t.Logf("%d kills, %d of them with files to take in; of %d keys in %d files %d are active at both nodes, %d were issued, %d burned (at most %d may be)",
 		strikes, amid, fed, s.seq, p.Active, issued[0]+issued[1], burned, most)
+	if strikes >= 4 && amid == 0 {
+		t.Error("no kill came while files were taken in")
+	}
 	if p.NewestSeq != s.seq {
 		t.Errorf("newest seq is %d, %d was delivered", p.NewestSeq, s.seq)
 	}
