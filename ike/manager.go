@@ -46,6 +46,7 @@ type timing struct {
 	debounce   time.Duration // from an event to the listing that it causes
 	tick       time.Duration
 	measure    time.Duration // between two questions for the level of keys
+	call       time.Duration // for charon to answer one VICI command
 	follow     time.Duration // for the end that leads to rekey what was moved, before the other one asks
 }
 
@@ -53,7 +54,7 @@ var defaultTiming = timing{
 	helloGrace: 10 * time.Second,
 	redialMin:  500 * time.Millisecond, redialMax: 10 * time.Second,
 	retryMin: 2 * time.Second, retryMax: 15 * time.Second, // the Broker's back-off spares the keys
-	debounce: 50 * time.Millisecond, tick: time.Second, measure: 10 * time.Second, follow: 5 * time.Second,
+	debounce: 50 * time.Millisecond, tick: time.Second, measure: 10 * time.Second, call: 10 * time.Second, follow: 5 * time.Second,
 }
 
 // Manager keeps charon's connections as the configuration says. Run owns the
@@ -190,7 +191,7 @@ func (m *Manager) disconnected(err error) {
 // session serves one running charon; it returns when that is gone (an error)
 // or ctx has ended (nil).
 func (m *Manager) session(ctx context.Context) error {
-	client, err := vici.Dial(ctx, vici.Options{Socket: m.o.VICI, Log: m.log})
+	client, err := vici.Dial(ctx, vici.Options{Socket: m.o.VICI, Timeout: m.t.call, Log: m.log})
 	if err != nil {
 		return err
 	}
@@ -240,7 +241,7 @@ func (m *Manager) serve(ctx context.Context, l *link) error {
 			return nil
 		case e, ok := <-l.client.Events():
 			if !ok {
-				return errors.New("charon went away")
+				return l.client.Err()
 			}
 			m.heard(e)
 			if !soon {
@@ -275,7 +276,12 @@ func (m *Manager) serve(ctx context.Context, l *link) error {
 				m.pace(ctx, l, time.Now())
 			}
 		case <-reconcile.C:
-			if err = m.reconcile(ctx, l); err == nil {
+			// Nothing else may be asked of a charon that is up for hours, and one
+			// that hangs ends no session.
+			if _, err = l.client.Version(ctx); err == nil {
+				err = m.reconcile(ctx, l)
+			}
+			if err == nil {
 				err = m.look(ctx, l)
 			}
 		}
@@ -407,6 +413,9 @@ func (m *Manager) start(ctx context.Context, l *link) {
 		m.log.Info("tunnel command", "connection", w.conn, "child", w.child, "peer", joinAddrs(m.config(w.conn).RemoteAddrs))
 		if err := l.client.Initiate(ctx, w.conn, w.child, 0); err != nil {
 			m.log.Warn("charon refuses to initiate", "connection", w.conn, "child", w.child, "cause", err)
+			if l.client.Err() != nil {
+				return
+			}
 		}
 		r := l.next[w]
 		wait := min(m.t.retryMin<<min(r.try, 10), m.t.retryMax)
@@ -461,9 +470,11 @@ func (m *Manager) stop(ctx context.Context, l *link) {
 			slots <- struct{}{}
 			defer func() { <-slots }()
 			// First out, so that nobody makes a new SA of it. Both may find nothing.
-			if err := l.client.UnloadConn(ctx, c.Name); err != nil {
+			short, cancel := context.WithTimeout(ctx, wait)
+			if err := l.client.UnloadConn(short, c.Name); err != nil {
 				m.log.Debug("unload", "connection", c.Name, "cause", err)
 			}
+			cancel()
 			if err := l.client.TerminateConn(ctx, c.Name, wait); err != nil {
 				m.log.Debug("terminate", "connection", c.Name, "cause", err)
 			}

@@ -111,7 +111,7 @@ func newSite(t *testing.T, change func(*site, []Connection) []Connection) *site 
 	}
 	s.t, s.Manager.t = t, timing{
 		helloGrace: 10 * time.Millisecond, redialMin: time.Millisecond, redialMax: 20 * time.Millisecond,
-		retryMin: 4 * time.Millisecond, retryMax: 20 * time.Millisecond, debounce: time.Millisecond, tick: 5 * time.Millisecond, measure: 5 * time.Millisecond, follow: 200 * time.Millisecond,
+		retryMin: 4 * time.Millisecond, retryMax: 20 * time.Millisecond, debounce: time.Millisecond, tick: 5 * time.Millisecond, measure: 5 * time.Millisecond, call: 5 * time.Second, follow: 200 * time.Millisecond,
 	}
 	return s
 }
@@ -355,6 +355,56 @@ func TestManagerReconnect(t *testing.T) {
 	eventually(t, "old SAs gone", func() bool { return s.sad.count() == 2 })
 	if n := s.events.count(EventCharon); n == 0 {
 		t.Error("no event")
+	}
+}
+
+// Only the command session is gone: its events would go on telling of a charon that
+// does nothing any more. One that ends is noticed at once, one that has no answer at
+// the next comparison at the latest.
+func TestManagerCommandSession(t *testing.T) {
+	s := newSite(t, nil)
+	s.Manager.t.call = 300 * time.Millisecond
+	s.connects(sad.Owner{Connection: "link", Mix: sad.MixHybrid})
+	s.hello("5.9.8")
+	s.run()
+	eventually(t, "up", s.is("link", StateUp))
+	s.charon.Cut()
+	eventually(t, "noticed", func() bool { return s.events.count(EventCharon) == 1 })
+	eventually(t, "up again", s.is("link", StateUp))
+
+	s.charon.Lock()
+	s.charon.Hang["version"] = true
+	s.charon.Unlock()
+	eventually(t, "no answer", func() bool {
+		st := s.state("link")
+		return st.State == StateNoCharon && strings.Contains(st.Cause, "version: charon has no answer")
+	})
+	s.charon.Lock()
+	delete(s.charon.Hang, "version")
+	s.charon.Unlock()
+	eventually(t, "up once more", s.is("link", StateUp))
+	if n := len(s.charon.Calls("initiate")); n != 1 {
+		t.Errorf("%d initiations of a tunnel that was up all the time", n)
+	}
+}
+
+// An orderly stop ends the SAs also where charon answers no command that does not
+// wait.
+func TestManagerStopsBesideAHungSession(t *testing.T) {
+	s := newSite(t, nil)
+	s.Manager.o.StopTimeout = time.Second
+	s.connects(sad.Owner{Connection: "link", Mix: sad.MixHybrid})
+	s.hello("5.9.8")
+	s.run()
+	eventually(t, "up", s.is("link", StateUp))
+	s.charon.Lock()
+	s.charon.Hang["unload-conn"] = true
+	s.charon.Unlock()
+	s.stop()
+	s.charon.Lock()
+	defer s.charon.Unlock()
+	if len(s.charon.IKEs) != 0 {
+		t.Errorf("left in charon: %v", s.charon.IKEs)
 	}
 }
 

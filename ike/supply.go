@@ -141,6 +141,9 @@ func (m *Manager) pace(ctx context.Context, l *link, now time.Time) {
 		m.log.Info("tunnel command", "connection", p.conn, "child", p.child, "rekey", true, "why", "its key is due")
 		if _, err := l.client.Rekey(ctx, p.id); err != nil {
 			m.log.Warn("charon refuses to rekey", "connection", p.conn, "child", p.child, "cause", err)
+			if l.client.Err() != nil {
+				return
+			}
 		}
 	}
 }

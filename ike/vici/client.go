@@ -24,7 +24,7 @@ import (
 const (
 	eventBuffer = 1024             // events not yet read; the next listing makes up for lost ones
 	listBuffer  = 16384            // IKE_SAs in one listing; more is an error, never a partial list
-	callTimeout = 10 * time.Second // for one command, where the caller's context has no earlier end
+	callTimeout = 10 * time.Second // Options.Timeout when zero
 )
 
 // ErrTruncated says that charon has more IKE_SAs than one listing holds. No
@@ -33,21 +33,26 @@ var ErrTruncated = errors.New("vici: more than 16384 IKE_SAs in one listing")
 
 // Options say how to reach charon.
 type Options struct {
-	Socket string // path of charon's VICI socket
-	Log    *slog.Logger
+	Socket  string        // path of charon's VICI socket
+	Timeout time.Duration // for one command, where the caller's context has no earlier end; 10 s when zero
+	Log     *slog.Logger
 }
 
 // Client is a connection to one running charon. It does not reconnect: when
-// charon goes away, Events is closed and every call fails; dial a new one then.
-// All methods may be called at the same time.
+// charon goes away, or has no answer to a command within Timeout, Events is
+// closed, every call fails and Err tells why; dial a new one then. All methods
+// may be called at the same time.
 type Client struct {
 	opts     Options
 	events   *govici.Session
 	commands *govici.Session
 	out      chan Event
 	done     chan struct{}
-	reader   sync.WaitGroup
+	readers  sync.WaitGroup
 	close    sync.Once
+
+	failMu sync.Mutex
+	cause  error // why the Client is of no use any more
 
 	listMu  sync.Mutex
 	listing *govici.Session // nil after a listing that failed
@@ -56,6 +61,9 @@ type Client struct {
 
 // Dial connects and subscribes to events. The caller closes the Client.
 func Dial(ctx context.Context, o Options) (*Client, error) {
+	if o.Timeout == 0 {
+		o.Timeout = callTimeout
+	}
 	c := &Client{opts: o, out: make(chan Event, eventBuffer), done: make(chan struct{})}
 	var err error
 	if c.commands, err = c.session(ctx); err != nil {
@@ -65,6 +73,9 @@ func Dial(ctx context.Context, o Options) (*Client, error) {
 		_ = c.commands.Close()
 		return nil, err
 	}
+	// No event comes there: it tells of the session's end.
+	ended := make(chan govici.Event)
+	c.commands.NotifyEvents(ended)
 	raw := make(chan govici.Event, eventBuffer)
 	c.events.NotifyEvents(raw)
 	if err := c.events.Subscribe("ike-updown", "child-updown", "child-rekey"); err != nil {
@@ -72,8 +83,31 @@ func Dial(ctx context.Context, o Options) (*Client, error) {
 		_ = c.events.Close()
 		return nil, fmt.Errorf("vici: subscribe to events at %s: %w", o.Socket, err)
 	}
-	c.reader.Go(func() { c.deliver(raw) })
+	c.readers.Go(func() { c.deliver(raw) })
+	c.readers.Go(func() {
+		<-ended
+		c.fail(errors.New("vici: charon has ended the command session"))
+	})
 	return c, nil
+}
+
+// fail ends the Client for the first cause that is given. Without its command
+// session it could still tell of events, and act on none.
+func (c *Client) fail(cause error) {
+	c.failMu.Lock()
+	if c.cause == nil {
+		c.cause = cause
+	}
+	c.failMu.Unlock()
+	_ = c.commands.Close()
+	_ = c.events.Close() // and with it Events
+}
+
+// Err is why the Client is of no use any more, nil while it is.
+func (c *Client) Err() error {
+	c.failMu.Lock()
+	defer c.failMu.Unlock()
+	return c.cause
 }
 
 // session opens one VICI session.
@@ -93,7 +127,7 @@ func (c *Client) session(ctx context.Context) (*govici.Session, error) {
 	return s, nil
 }
 
-// Close ends all sessions and waits for the event reader.
+// Close ends all sessions and waits for their readers.
 func (c *Client) Close() {
 	c.close.Do(func() {
 		close(c.done)
@@ -103,7 +137,7 @@ func (c *Client) Close() {
 		c.dropListing()
 		c.listMu.Unlock()
 	})
-	c.reader.Wait()
+	c.readers.Wait()
 }
 
 // Events delivers what charon reports. The channel is closed when charon goes
@@ -113,7 +147,10 @@ func (c *Client) Events() <-chan Event { return c.out }
 
 // deliver turns raw events into typed ones until the session ends.
 func (c *Client) deliver(raw <-chan govici.Event) {
-	defer close(c.out)
+	defer func() {
+		c.fail(errors.New("vici: charon has ended the event session"))
+		close(c.out)
+	}()
 	for e := range raw {
 		evs, err := parseEvent(e.Name, e.Message)
 		if err != nil {
@@ -132,20 +169,21 @@ func (c *Client) deliver(raw <-chan govici.Event) {
 	}
 }
 
-// bounded gives every command an end.
-func bounded(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(ctx, callTimeout)
-}
-
-// call runs one command on the command session.
+// call runs one command on the command session. One that charon leaves without
+// an answer is the end of the Client.
 func (c *Client) call(ctx context.Context, cmd string, in *govici.Message) (*govici.Message, error) {
-	ctx, cancel := bounded(ctx)
+	within, cancel := context.WithTimeout(ctx, c.opts.Timeout)
 	defer cancel()
-	out, err := c.commands.Call(ctx, cmd, in)
-	if err != nil {
-		return nil, fmt.Errorf("vici: %s: %w", cmd, err)
+	out, err := c.commands.Call(within, cmd, in)
+	if err == nil {
+		return out, nil
 	}
-	return out, nil
+	if within.Err() != nil && ctx.Err() == nil {
+		err = fmt.Errorf("vici: %s: charon has no answer after %v", cmd, c.opts.Timeout)
+		c.fail(err)
+		return nil, err
+	}
+	return nil, fmt.Errorf("vici: %s: %w", cmd, err)
 }
 
 // Version is charon's own version, for example "5.9.8".
@@ -262,7 +300,7 @@ func (c *Client) terminate(ctx context.Context, m *govici.Message, wait time.Dur
 // waiting runs a command that blocks in charon on a session of its own, so that
 // others need not wait for it.
 func (c *Client) waiting(ctx context.Context, cmd string, m *govici.Message, wait time.Duration) (*govici.Message, error) {
-	ctx, cancel := context.WithTimeout(ctx, wait+callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, wait+c.opts.Timeout)
 	defer cancel()
 	s, err := c.session(ctx)
 	if err != nil {
@@ -279,7 +317,7 @@ func (c *Client) waiting(ctx context.Context, cmd string, m *govici.Message, wai
 // SAs lists all IKE_SAs with their CHILD_SAs, those not of ours too. The list
 // is whole or there is an error.
 func (c *Client) SAs(ctx context.Context) ([]IKESA, error) {
-	ctx, cancel := bounded(ctx)
+	ctx, cancel := context.WithTimeout(ctx, c.opts.Timeout)
 	defer cancel()
 	c.listMu.Lock()
 	defer c.listMu.Unlock()

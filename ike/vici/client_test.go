@@ -20,9 +20,15 @@ import (
 
 func dial(t *testing.T) (*vicitest.Charon, *Client) {
 	t.Helper()
+	return dialWithin(t, 0)
+}
+
+// dialWithin is dial with another bound of each command.
+func dialWithin(t *testing.T, timeout time.Duration) (*vicitest.Charon, *Client) {
+	t.Helper()
 	socket := filepath.Join(t.TempDir(), "vici")
 	charon := vicitest.Start(t, socket)
-	c, err := Dial(t.Context(), Options{Socket: socket, Log: slog.New(slog.DiscardHandler)})
+	c, err := Dial(t.Context(), Options{Socket: socket, Timeout: timeout, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -301,6 +307,44 @@ func TestEvents(t *testing.T) {
 	}
 	if _, err := c.Version(t.Context()); err == nil {
 		t.Error("a call to a dead charon succeeded")
+	}
+}
+
+// A command session that ends, or does not answer a command in time, ends the
+// whole Client with that cause; a caller who waits no longer does not.
+func TestCommandSession(t *testing.T) {
+	charon, c := dial(t)
+	charon.Cut()
+	if e, ok := receive(t, c); ok {
+		t.Errorf("%+v", e)
+	}
+	if err := c.Err(); err == nil || !strings.Contains(err.Error(), "command session") {
+		t.Errorf("cause %v", err)
+	}
+
+	charon, c = dialWithin(t, 50*time.Millisecond)
+	charon.Lock()
+	charon.Hang["initiate"] = true
+	charon.Unlock()
+	short, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if err := c.Initiate(short, "link", "net", 0); err == nil {
+		t.Error("a call without an answer succeeded")
+	}
+	if err := c.Err(); err != nil {
+		t.Errorf("after a call whose caller waited no longer: %v", err)
+	}
+	if err := c.Initiate(t.Context(), "link", "net", 0); err == nil {
+		t.Error("a call without an answer succeeded")
+	}
+	if e, ok := receive(t, c); ok {
+		t.Errorf("%+v", e)
+	}
+	if err := c.Err(); err == nil || !strings.Contains(err.Error(), "initiate") {
+		t.Errorf("cause %v", err)
+	}
+	if _, err := c.Version(t.Context()); err == nil {
+		t.Error("a call succeeded after that")
 	}
 }
 

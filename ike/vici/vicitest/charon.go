@@ -64,6 +64,8 @@ type Charon struct {
 	IKEs    []IKE
 	// Fail makes a command fail with that errmsg.
 	Fail map[string]string
+	// Hang makes a command have no answer.
+	Hang map[string]bool
 	// OnInitiate is called, unlocked, when a child is initiated.
 	OnInitiate func(conn, child string)
 
@@ -87,7 +89,7 @@ func Start(t testing.TB, socket string) *Charon {
 	t.Helper()
 	c := &Charon{
 		t: t, socket: socket, Version: "5.9.8", Plugins: []string{"aes", "vici", "qipsec"},
-		Conns: map[string]Message{}, Keys: map[string]string{}, Fail: map[string]string{}, peers: map[*peer]bool{},
+		Conns: map[string]Message{}, Keys: map[string]string{}, Fail: map[string]string{}, Hang: map[string]bool{}, peers: map[*peer]bool{},
 	}
 	c.Listen()
 	t.Cleanup(c.Stop)
@@ -129,6 +131,17 @@ func (c *Charon) Stop() {
 	c.Conns, c.Keys, c.IKEs = map[string]Message{}, map[string]string{}, nil
 	c.Unlock()
 	c.all.Wait()
+}
+
+// Cut ends the sessions that have asked for no event: those for commands.
+func (c *Charon) Cut() {
+	c.Lock()
+	defer c.Unlock()
+	for p := range c.peers {
+		if len(p.events) == 0 {
+			_ = p.Close()
+		}
+	}
 }
 
 // Calls gives the commands of that name so far, all of them for "".
@@ -233,6 +246,12 @@ func (c *Charon) next(p *peer) error {
 			return fmt.Errorf("%s: %w", title, err)
 		}
 		answer, known := c.command(p, title, m)
+		c.Lock()
+		hang := c.Hang[title]
+		c.Unlock()
+		if hang {
+			return nil
+		}
 		if !known {
 			p.packet(cmdUnknown, "", nil)
 			return nil
