@@ -25,6 +25,7 @@ type bound struct {
 	class     key.Class
 	mix       sad.Mix
 	fallback  string // why there is no quantum key
+	mute      bool   // the peer does not announce Q-IPsec
 	suite     sad.Suite
 	esn       bool
 
@@ -102,7 +103,7 @@ func (b *Broker) bind(ctx context.Context, cs *connState, m *plugin.Bind) (answe
 		return plugin.BindAnswer{}, "", err
 	}
 	e := &bound{
-		conn: cs, sa: m.SA, responder: m.Responder, exchange: m.Exchange,
+		conn: cs, sa: m.SA, responder: m.Responder, exchange: m.Exchange, mute: !m.PeerSpeaks,
 		suite: sad.Suite{Encr: m.Transforms.Encr, EncrBits: m.Transforms.EncrBits, Integ: m.Transforms.Integ},
 		esn:   m.Transforms.ESN,
 	}

@@ -139,6 +139,7 @@ type connState struct {
 	causeAt  time.Time
 	next     string // the step that follows from cause, if it is a special one
 	fallback string // why the newest CHILD_SA has no quantum key; empty if it has
+	mute     bool   // and its peer does not announce Q-IPsec: no rekeying gives it one
 
 	quietUntil time.Time // no report of an ignored answer before
 }

@@ -223,7 +223,7 @@ func (b *Broker) Commit(ctx context.Context, id plugin.SAID) error {
 // complete notes a CHILD_SA with both SAs in the SAD; b.mu is held.
 func (b *Broker) complete(e *bound) {
 	cs := e.conn
-	cs.fallback, cs.next = e.fallback, "" // what called for that step is over
+	cs.fallback, cs.mute, cs.next = e.fallback, e.mute && e.fallback != "", "" // what called for that step is over
 	if e.fallback == "" && !e.responder {
 		cs.failures, cs.notBefore = 0, time.Time{}
 	}

@@ -25,6 +25,8 @@ const (
 	mostPolicy      = latestShare / (followAfter * (1 + jitter)) // of max_key_age: both ends' turns come before any rekeying is forced
 	againMin        = 30 * time.Second
 	againMax        = 2 * time.Minute // between requests for one CHILD_SA; charon repeats by itself meanwhile
+	bareMin         = 10 * time.Second
+	bareMax         = 5 * time.Minute // between rekeyings that shall end a fallback
 	forever         = 10 * 365 * 24 * time.Hour
 )
 
@@ -38,6 +40,7 @@ type pacer struct {
 	of       map[saePair]poolID
 	pools    map[poolID]*pool
 	children map[uint32]*pacedState // by charon's unique id, which a rekeying changes
+	bare     map[childName]int      // rekeyings of children on fallback that ended none
 	credit   float64                // rekeyings that may be asked for now
 	planned  time.Time              // last
 }
@@ -88,12 +91,15 @@ type paced struct {
 	limit       time.Duration // max_key_age; 0: none
 	since       time.Time     // of its key
 	leads       bool
+	bare        bool // it has no quantum key, and a rekeying can give it one
 	ready       bool // charon can rekey it now
 
 	// By schedule:
 	pool        *pool // nil: its level is not known, or no longer
 	due, latest time.Time
 }
+
+func (p paced) name() childName { return childName{p.conn, p.child} }
 
 // forced reports whether p must not wait any longer.
 func (p paced) forced(now time.Time) bool { return p.limit > 0 && !now.Before(p.latest) }
@@ -108,7 +114,7 @@ type pacedState struct {
 func newPacer(reserve int) *pacer {
 	return &pacer{
 		reserve: cmp.Or(reserve, defaultReserve), seed: maphash.MakeSeed(),
-		of: map[saePair]poolID{}, pools: map[poolID]*pool{}, children: map[uint32]*pacedState{},
+		of: map[saePair]poolID{}, pools: map[poolID]*pool{}, children: map[uint32]*pacedState{}, bare: map[childName]int{},
 	}
 }
 
@@ -255,11 +261,12 @@ func (v *pool) afford(least int, children []*paced) {
 
 // schedule sets when each of list is due and gives those that are.
 func (p *pacer) schedule(now time.Time, list []paced) []paced {
-	there := map[uint32]bool{}
+	there, bare := map[uint32]bool{}, map[childName]bool{}
 	var out []paced
 	for i := range list {
 		c := &list[i]
 		there[c.id] = true
+		bare[c.name()] = bare[c.name()] || c.bare
 		s := p.children[c.id]
 		if s == nil {
 			s = &pacedState{}
@@ -279,6 +286,9 @@ func (p *pacer) schedule(now time.Time, list []paced) []paced {
 		if c.limit > 0 && c.due.After(c.latest) {
 			c.due = c.latest
 		}
+		if c.bare {
+			c.due = earlier(c.due, p.fallen(*c, by))
+		}
 		s.due = c.due
 		if c.ready && !now.Before(c.due) && !now.Before(s.again) {
 			out = append(out, *c)
@@ -289,7 +299,26 @@ func (p *pacer) schedule(now time.Time, list []paced) []paced {
 			delete(p.children, id)
 		}
 	}
+	for name := range p.bare {
+		if !bare[name] {
+			delete(p.bare, name)
+		}
+	}
 	return out
+}
+
+// fallen is when a CHILD_SA without a quantum key is rekeyed for one. That is soon,
+// and later after each rekeying that gave it none: the peer may have no key, or a
+// KME that tells no level none to give.
+func (p *pacer) fallen(c paced, by float64) time.Time {
+	return c.since.Add(times(min(bareMin<<min(p.bare[c.name()], 8), bareMax), by))
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
 }
 
 // chance is a number from 0 up to 1 that stays the same for one CHILD_SA.
@@ -317,8 +346,11 @@ func (p *pacer) choose(now time.Time, due []paced) []paced {
 		if p.credit < 1 {
 			break
 		}
-		if c.pool != nil && !c.pool.take(now, c.forced(now)) {
+		if c.pool != nil && !c.pool.take(now, c) {
 			continue
+		}
+		if c.bare {
+			p.bare[c.name()]++
 		}
 		p.credit--
 		s := p.children[c.id]
@@ -329,14 +361,15 @@ func (p *pacer) choose(now time.Time, due []paced) []paced {
 	return out
 }
 
-// take reserves a key for a rekeying, if there is one for it.
-func (v *pool) take(now time.Time, forced bool) bool {
+// take reserves a key for a rekeying, if there is one for it. What has no quantum
+// key may take from the reserve, as what is set up may.
+func (v *pool) take(now time.Time, c paced) bool {
 	switch {
 	case v.level <= 0:
 		v.wanting = true
 		return false
-	case v.level > v.reserve:
-	case forced:
+	case v.level > v.reserve || c.bare:
+	case c.forced(now):
 		v.forced = now
 	default:
 		return false

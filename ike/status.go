@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -95,7 +96,7 @@ func (m *Manager) status(c Connection) Status {
 		}
 	case v.up:
 		s.State = StateUp
-		if c.Policy == Optional && classical(v) {
+		if c.Policy == Optional && v.classical() {
 			s.State = StateFallback
 			if n.fallback != "" {
 				s.Cause = n.fallback
@@ -114,13 +115,16 @@ func (m *Manager) status(c Connection) Status {
 
 // classical reports whether a CHILD_SA of v carries traffic without a quantum
 // key.
-func classical(v *connView) bool {
-	for _, ch := range v.children {
-		if ch.Carries() && ch.in.Mix == sad.MixClassical {
-			return true
-		}
-	}
-	return false
+func (v *connView) classical() bool {
+	return slices.ContainsFunc(v.children, func(ch childView) bool { return ch.Carries() && ch.in.Mix == sad.MixClassical })
+}
+
+// fellBack reports whether the CHILD_SA of that unique id is one that qipsecd
+// installed without a quantum key.
+func (v *connView) fellBack(id uint32) bool {
+	return slices.ContainsFunc(v.children, func(ch childView) bool {
+		return ch.UniqueID == id && ch.in.SPI != 0 && ch.in.Mix == sad.MixClassical
+	})
 }
 
 func (m *Manager) child(v childView) ChildStatus {
@@ -152,6 +156,7 @@ type note struct {
 	causeAt  time.Time
 	next     string
 	fallback string
+	mute     bool
 	backOff  time.Duration
 	failures int
 	taken    int
@@ -165,7 +170,7 @@ func (b *Broker) note(name string) note {
 		return note{}
 	}
 	return note{
-		cause: cs.cause, causeAt: cs.causeAt, next: cs.next, fallback: cs.fallback, failures: cs.failures, taken: cs.taken,
+		cause: cs.cause, causeAt: cs.causeAt, next: cs.next, fallback: cs.fallback, mute: cs.mute, failures: cs.failures, taken: cs.taken,
 		backOff: max(0, cs.notBefore.Sub(b.now())),
 	}
 }
@@ -233,7 +238,7 @@ func (m *Manager) reason(c Connection, s Status, n note) (why, next string) {
 		}
 		return "both ends confirmed the same quantum key, and qipsecd installed the SAs.", "nothing; every rekeying takes a fresh key."
 	case StateFallback:
-		return "no quantum key was usable: " + cause + ".", "see to the key source (`qipsec keys`) or the peer; the next rekeying tries again. `policy = \"required\"` would refuse instead."
+		return "no quantum key was usable: " + cause + ".", "see to the key source (`qipsec keys`) or the peer; qipsecd has it rekeyed as soon as there are keys, if the peer speaks Q-IPsec. `policy = \"required\"` would refuse instead."
 	case StateNoCharon:
 		return cause + ".", "start strongSwan, or correct the VICI socket in the configuration; qipsecd connects by itself."
 	case StateBlocked:

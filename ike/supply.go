@@ -157,8 +157,8 @@ func (m *Manager) paced(l *link) []paced {
 		if c.Policy == Off || !l.loaded[c.Name] {
 			continue
 		}
-		backOff := m.o.Broker.note(c.Name).backOff
-		for _, ike := range m.view[c.Name].ikes {
+		n, v := m.o.Broker.note(c.Name), m.view[c.Name]
+		for _, ike := range v.ikes {
 			for _, ch := range ike.Children {
 				i := slices.IndexFunc(c.Children, func(w Child) bool { return w.Name == ch.Name })
 				if i < 0 || !ch.Up() {
@@ -167,8 +167,8 @@ func (m *Manager) paced(l *link) []paced {
 				out = append(out, paced{
 					id: ch.UniqueID, conn: c.Name, child: ch.Name, pair: pairOf(c),
 					policy: policyOf(c.Children[i].RekeyTime, c.MaxKeyAge), limit: c.MaxKeyAge,
-					since: m.at.Add(-ch.Installed), leads: leads(ike),
-					ready: ike.State == "ESTABLISHED" && ch.State == "INSTALLED" && backOff == 0,
+					since: m.at.Add(-ch.Installed), leads: leads(ike), bare: !n.mute && v.fellBack(ch.UniqueID),
+					ready: ike.State == "ESTABLISHED" && ch.State == "INSTALLED" && n.backOff == 0,
 				})
 			}
 		}

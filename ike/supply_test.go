@@ -23,6 +23,7 @@ type supplySim struct {
 	rate   float64 // keys per second
 	most   int     // that the KME stores
 	silent bool    // the KME tells no level
+	mute   bool    // what has no quantum key gets none by a rekeying either
 	taken  int
 	list   []paced
 	nextID uint32
@@ -77,11 +78,16 @@ func (s *supplySim) run(d time.Duration) int {
 
 func (s *supplySim) rekey(id uint32) {
 	for i := range s.list {
-		if c := &s.list[i]; c.id == id && s.keys >= 1 {
-			s.nextID++
+		c := &s.list[i]
+		if c.id != id || s.keys < 1 && !c.bare {
+			continue
+		}
+		s.nextID++
+		s.rekeys[c.conn]++
+		c.id, c.since = s.nextID, s.now
+		if s.keys >= 1 {
 			s.keys, s.taken = s.keys-1, s.taken+1
-			s.rekeys[c.conn]++
-			c.id, c.since = s.nextID, s.now
+			c.bare = c.bare && s.mute
 		}
 	}
 }
@@ -338,6 +344,71 @@ func TestSupplyFollower(t *testing.T) {
 	}
 }
 
+// fallen makes all CHILD_SAs of s those of a fallback.
+func (s *supplySim) fallen() {
+	for i := range s.list {
+		s.list[i].bare = true
+	}
+}
+
+// A CHILD_SA without a quantum key is rekeyed as soon as there is one, not at its
+// ordinary time, also from the reserve; a dry pool is not asked.
+func TestSupplyEndsAFallback(t *testing.T) {
+	s := newSupplySim(0, 0)
+	s.add("x", 1, time.Hour, 24*time.Hour)
+	s.add("full", 1, time.Hour, 24*time.Hour)
+	s.fallen()
+	s.list[1].bare = false
+	if n := s.run(30 * time.Minute); n != 0 {
+		t.Errorf("%d rekeyings without a key", n)
+	}
+	s.keys = 3
+	if n := s.run(15 * time.Second); n != 1 || s.rekeys["x"] != 1 || s.keys != 2 {
+		t.Errorf("%d rekeyings once there were keys, of %v, %v keys left", n, s.rekeys, s.keys)
+	}
+	if n := s.run(15 * time.Minute); n != 0 {
+		t.Errorf("%d more", n)
+	}
+}
+
+// A fallback that rekeyings do not end, and of which no level says that they
+// cannot, is tried again at longer and longer intervals.
+func TestSupplyFallbackBacksOff(t *testing.T) {
+	for _, leads := range []bool{true, false} {
+		s := newSupplySim(0, 0)
+		s.silent = true
+		for i := range 20 {
+			s.add(fmt.Sprint(i), 1, time.Hour, 0)
+			s.list[i].leads = leads
+		}
+		s.fallen()
+		if n := s.run(9 * time.Second); n != 0 {
+			t.Errorf("%d rekeyings at once", n)
+		}
+		if n := s.run(9 * time.Second); n != 20 {
+			t.Errorf("%d of 20 rekeyings in the first 18 s", n)
+		}
+		if n := s.run(time.Hour-18*time.Second) / 20; n < 10 || n > 18 {
+			t.Errorf("%d more rekeyings of each in an hour", n)
+		}
+		s.silent, s.keys, s.most = false, 1000, 1000
+		if n := s.run(9 * time.Minute); n != 20 {
+			t.Errorf("%d rekeyings with keys", n)
+		}
+	}
+}
+
+// The same with keys that the peer does not get: each rekeying costs one.
+func TestSupplyFallbackSparesKeys(t *testing.T) {
+	s := newSupplySim(1000, 0)
+	s.mute = true
+	s.add("x", 1, time.Hour, 0)
+	s.fallen()
+	if n := s.run(time.Hour); n > 18 || s.keys < 982 {
+		t.Errorf("%d rekeyings in an hour, %v keys left", n, s.keys)
+	}
+}
+
 // However long rekey_time is, the end that leads rekeys before the other one
 // would, and the other one before it is forced to.
 func TestSupplyPolicyLeavesRoom(t *testing.T) {
@@ -553,6 +624,49 @@ func TestManagerPaces(t *testing.T) {
 	}
 	if text, _ := s.Explain("link"); !strings.Contains(text, "KME local with node-b") || !strings.Contains(text, "rekeying due at") {
 		t.Error(text)
+	}
+}
+
+// What is paced: rekey_time as far as max_key_age lets it, and as without a quantum
+// key what has none and can get one by a rekeying.
+func TestPaced(t *testing.T) {
+	const limit = time.Hour
+	s := newSite(t, func(_ *site, c []Connection) []Connection {
+		c[0].MaxKeyAge = limit
+		c[0].Children[0].RekeyTime = 50 * time.Minute
+		opt := c[0]
+		opt.Name, opt.Policy, opt.MaxKeyAge = "opt", Optional, 0
+		return append(c, opt)
+	})
+	s.connects(sad.Owner{Connection: "opt", Mix: sad.MixClassical})
+	s.hello("5.9.8")
+	s.run()
+	eventually(t, "fallback", s.is("opt", StateFallback))
+	s.charon.Lock()
+	ike := ikeOf("link", "net", 77)
+	s.sad.put(ike.Children[0].SPIIn, ike.Children[0].SPIOut, sad.Owner{Connection: "link", Mix: sad.MixHybrid})
+	s.charon.IKEs = append(s.charon.IKEs, ike)
+	s.charon.Unlock()
+	eventually(t, "up", s.is("link", StateUp))
+	look := func() map[string]paced {
+		l := &link{loaded: map[string]bool{"link": true, "opt": true}}
+		out := map[string]paced{}
+		for _, p := range s.paced(l) {
+			out[p.conn] = p
+		}
+		return out
+	}
+	if p := look()["link"]; p.policy != times(limit, mostPolicy) || p.limit != limit || p.bare {
+		t.Errorf("%+v", p)
+	}
+	if p := look()["opt"]; p.policy != 50*time.Minute || p.limit != 0 || !p.bare {
+		t.Errorf("%+v", p)
+	}
+	s.broker.mu.Lock()
+	s.broker.conns["opt"].mute = true
+	s.broker.mu.Unlock()
+	if p := look()["opt"]; p.bare {
+		t.Errorf("a peer without Q-IPsec is to be rekeyed soon: %+v", p)
 	}
 }
 
