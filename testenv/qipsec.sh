@@ -71,7 +71,8 @@ gateway_up() {
     charon_start "$1" "$PLUGIN" && qipsecd_start "$1"
 }
 
-# qkdsim_start [LINES]: node a is on the KM channel and reaches b's SFTP server.
+# qkdsim_start [LINES]: node a is on the KM channel and reaches b's SFTP server; the
+# link has QKD_KM km (50: some 280 keys/s).
 qkdsim_start() {
     local dir=$GW/a/run/qkdsim
     mkdir -p "$dir"
@@ -81,7 +82,7 @@ qkdsim_start() {
 	${1:-}
 	[link]
 	device = "ingaas-100mhz"
-	km = 50.0
+	km = ${QKD_KM:-50.0}
 	block_bits = 100000
 	[master]
 	node = "a"
