@@ -18,10 +18,15 @@
  * The plugin holds no policy: it asks qipsecd (docs/plugin-protocol.md) and
  * refuses what qipsecd does not allow. Its parts:
  *
- *   qipsec_plugin.c  loading, settings, taking and giving back the hooks
- *   qipsec_ike.c     Key-ID in Ni, notifies, derive_child_keys and its token
- *   qipsec_kernel.c  add_sa, query_sa, update_sa
- *   qipsec_socket.c  frames, calls with their limits, standing connection
+ *   qipsec_plugin.c    loading, taking and giving back the hooks
+ *   qipsec_ike.c       messages of IKE_SAs: notifies, and what is kept of them
+ *   qipsec_keymat.c    Key-ID in Ni, derive_child_keys and its token
+ *   qipsec_kernel.c    add_sa, query_sa, update_sa
+ *   qipsec_state.c     what is kept of each IKE_SA
+ *   qipsec_socket.c    frames, calls with their limits, standing connection
+ *   qipsec_settings.c  settings, and whether this charon can be worked with
+ *
+ * Each calls only those below it.
  */
 
 #ifndef QIPSEC_H_
@@ -91,19 +96,41 @@ bool qi_get(qi_call_t *call, uint16_t tag, size_t min, size_t max, chunk_t *valu
 /** Number in a TLV of the answer, 8 bytes big-endian. */
 bool qi_get_u64(qi_call_t *call, uint16_t tag, uint64_t *value);
 
+/** The plugin's section of charon's settings. */
+typedef struct {
+	/** `off`: names of connections, separated by comma or space; NULL: none */
+	char *off;
+	char *socket;
+	/** `patience`, 1 to 5 */
+	u_int patience;
+} qi_settings_t;
+
+/** Reads the settings, once; qi_settings_free() ends the life of all strings. */
+void qi_settings_load(void);
+void qi_settings_free(void);
+const qi_settings_t *qi_settings(void);
+
 /** TRUE if the setting `off` names this connection. */
 bool qi_off(ike_sa_t *ike_sa);
 
-/** Why nothing may be set up in this charon; NULL if all is well. */
+/** Why nothing may be set up in this charon; NULL if all is well. At first, that
+ *  the hooks are not in place. */
 const char *qi_unfit(void);
+
+/** why is kept, not copied. */
+void qi_set_unfit(const char *why);
 
 /** The keymat hook, for keymat_register_constructor(). */
 keymat_t *qi_keymat_create(bool initiator);
 
-bool qi_ike_start(void);
+/** What qipsec_state.h declares, from before the first hook to after the last. */
+void qi_state_start(void);
+void qi_state_stop(void);
+
+void qi_ike_start(void);
 void qi_ike_stop(void);
 
-bool qi_kernel_start(void);
+void qi_kernel_start(void);
 void qi_kernel_stop(void);
 
 /**

@@ -484,7 +484,7 @@ static status_t update_sa(kernel_interface_t *this, kernel_ipsec_sa_id_t *id,
 	return good ? SUCCESS : NOT_SUPPORTED;
 }
 
-bool qi_kernel_start(void)
+void qi_kernel_start(void)
 {
 	kernel_interface_t *kernel = charon->kernel;
 
@@ -499,7 +499,6 @@ bool qi_kernel_start(void)
 	kernel->query_sa = query_sa;
 	kernel->update_sa = update_sa;
 	this_kernel.hooked = TRUE;
-	return TRUE;
 }
 
 void qi_kernel_stop(void)
