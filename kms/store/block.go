@@ -134,7 +134,7 @@ func (s *Store) PutBlock(ctx context.Context, b Block) error {
 
 func insertBlock(ctx context.Context, tx *sql.Tx, h *header) error {
 	_, err := tx.ExecContext(ctx, `INSERT INTO block (pool, seq, state, class, no_pad, key_count, byte_count, algorithm, tag_m, tag_s, digest,
-		own_cut, peer_cut, generation, epoch, wrap) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		own_cut, peer_cut, generation, epoch, wrap) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)`,
 		h.pool[:], int64(h.seq), int64(h.state), int64(h.class), int64(flag(h.noPad)), int64(h.count), int64(h.bytes), h.algorithm,
 		h.tagM[:], h.tagS[:], h.digest[:], int64(h.cut[0]), int64(h.cut[1]), int64(h.generation), int64(h.epoch), h.wrap)
 	return err
@@ -142,15 +142,15 @@ func insertBlock(ctx context.Context, tx *sql.Tx, h *header) error {
 
 // updateBlock writes what can change of a header.
 func updateBlock(ctx context.Context, tx *sql.Tx, h *header) error {
-	return oneRow(tx.ExecContext(ctx, `UPDATE block SET state = ?, own_cut = ?, peer_cut = ?, generation = ?, epoch = ?, wrap = ? WHERE pool = ? AND seq = ?`,
+	return oneRow(tx.ExecContext(ctx, `UPDATE block SET state = $1, own_cut = $2, peer_cut = $3, generation = $4, epoch = $5, wrap = $6 WHERE pool = $7 AND seq = $8`,
 		int64(h.state), int64(h.cut[0]), int64(h.cut[1]), int64(h.generation), int64(h.epoch), h.wrap, h.pool[:], int64(h.seq)))
 }
 
 func deleteBlock(ctx context.Context, tx *sql.Tx, pool uuid.UUID, seq uint64) error {
-	if _, err := tx.ExecContext(ctx, `DELETE FROM part WHERE pool = ? AND seq = ?`, pool[:], int64(seq)); err != nil {
+	if _, err := tx.ExecContext(ctx, `DELETE FROM part WHERE pool = $1 AND seq = $2`, pool[:], int64(seq)); err != nil {
 		return err
 	}
-	return oneRow(tx.ExecContext(ctx, `DELETE FROM block WHERE pool = ? AND seq = ?`, pool[:], int64(seq)))
+	return oneRow(tx.ExecContext(ctx, `DELETE FROM block WHERE pool = $1 AND seq = $2`, pool[:], int64(seq)))
 }
 
 func (s *Store) insertParts(ctx context.Context, tx *sql.Tx, h *header, k *key.Material, b Block) error {
@@ -165,7 +165,7 @@ func (s *Store) insertParts(ctx context.Context, tx *sql.Tx, h *header, k *key.M
 			ids = append(ids, id[:]...)
 		}
 		box := seal(a, b.Keys.Bytes()[lo*key.MasterSize:hi*key.MasterSize], h.partAAD(s.uuid, part, ids))
-		if _, err := tx.ExecContext(ctx, `INSERT INTO part (pool, seq, part, ids, box) VALUES (?, ?, ?, ?, ?)`,
+		if _, err := tx.ExecContext(ctx, `INSERT INTO part (pool, seq, part, ids, box) VALUES ($1, $2, $3, $4, $5)`,
 			h.pool[:], int64(h.seq), part, ids, box); err != nil {
 			return err
 		}

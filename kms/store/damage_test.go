@@ -3,6 +3,7 @@ package store
 import (
 	"bytes"
 	"context"
+	"database/sql"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -185,8 +186,7 @@ func TestRatchetMeetsDamage(t *testing.T) {
 
 func sqlExec(t *testing.T, dir string, stmts ...string) {
 	t.Helper()
-	db, err := openSQLite("file:" + filepath.Join(dir, "store.db"))
-	must(t, err)
+	db := sql.OpenDB(sqliteConnector("file:" + filepath.Join(dir, "store.db")))
 	defer db.Close()
 	for _, stmt := range stmts {
 		if _, err := db.Exec(stmt); err != nil {

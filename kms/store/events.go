@@ -45,12 +45,12 @@ func (s *Store) append(ctx context.Context, tx *sql.Tx, e LogEvent) error {
 	if e.Time.IsZero() {
 		e.Time = s.opt.Now()
 	}
-	if _, err := tx.ExecContext(ctx, `INSERT INTO event (serial, time, severity, code, source, message, action) VALUES (?, ?, ?, ?, ?, ?, ?)`,
+	if _, err := tx.ExecContext(ctx, `INSERT INTO event (serial, time, severity, code, source, message, action) VALUES ($1, $2, $3, $4, $5, $6, $7)`,
 		s.eventNext, e.Time.UnixMicro(), string(e.Severity), clip(e.Code), clip(e.Source), clip(e.Text), clip(e.Action)); err != nil {
 		return fmt.Errorf("event: %w", err)
 	}
 	s.eventNext++
-	if _, err := tx.ExecContext(ctx, `DELETE FROM event WHERE serial < ?`, s.eventNext-int64(s.opt.EventRows)); err != nil {
+	if _, err := tx.ExecContext(ctx, `DELETE FROM event WHERE serial < $1`, s.eventNext-int64(s.opt.EventRows)); err != nil {
 		return fmt.Errorf("prune events: %w", err)
 	}
 	return nil
@@ -75,8 +75,8 @@ func (s *Store) Events(ctx context.Context, q EventQuery) (list []LogEvent, err 
 		q.Before = 1<<63 - 1
 	}
 	rows, err := s.r.QueryContext(ctx, `SELECT serial, time, severity, code, source, message, action FROM event
-		WHERE serial < ? AND (? = '' OR severity = ?) AND (? = '' OR code = ?) ORDER BY serial DESC LIMIT ?`,
-		q.Before, string(q.Severity), string(q.Severity), q.Code, q.Code, n)
+		WHERE serial < $1 AND ($2 = '' OR severity = $2) AND ($3 = '' OR code = $3) ORDER BY serial DESC LIMIT $4`,
+		q.Before, string(q.Severity), q.Code, n)
 	if err != nil {
 		return nil, fmt.Errorf("store: read events: %w", explain(err))
 	}

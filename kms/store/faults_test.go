@@ -3,14 +3,12 @@ package store
 import (
 	"bytes"
 	"context"
-	"database/sql"
 	"database/sql/driver"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 
 	"github.com/q-ipsec/q-ipsec/kms/key"
@@ -73,18 +71,18 @@ func fileSize(path string) int64 {
 }
 
 type faultConnector struct {
-	dsn string
-	drv driver.Driver
-	f   *fault
+	driver.Connector
+	f *fault
 }
 
-func (c *faultConnector) Driver() driver.Driver { return c.drv }
-
-func (c *faultConnector) Connect(context.Context) (driver.Conn, error) {
+func (c *faultConnector) Connect(ctx context.Context) (driver.Conn, error) {
+	conn, err := c.Connector.Connect(ctx)
+	if err != nil {
+		return nil, err
+	}
 	// Crashes are seen through the files' contents, so syncing would only cost time.
-	conn, err := c.drv.Open(strings.Replace(c.dsn, "synchronous%28FULL%29", "synchronous%28OFF%29", 1))
-	if err != nil || strings.Contains(c.dsn, "_query_only") {
-		return conn, err
+	if _, err := conn.(driver.ExecerContext).ExecContext(ctx, "PRAGMA synchronous = OFF", nil); err != nil {
+		return nil, errors.Join(err, conn.Close())
 	}
 	return &faultConn{conn, c.f}, nil
 }
@@ -163,11 +161,7 @@ func (r *faultFiles) scrub(file *os.File) error {
 // options opens through f.
 func (f *fault) options(t testing.TB) Options {
 	opt := testOptions(f.dir)
-	any, err := openSQLite("file::memory:")
-	must(t, err)
-	drv := any.Driver()
-	must(t, any.Close())
-	opt.open = func(dsn string) (*sql.DB, error) { return sql.OpenDB(&faultConnector{dsn, drv, f}), nil }
+	opt.wrap = func(c driver.Connector) driver.Connector { return &faultConnector{c, f} }
 	opt.files = &faultFiles{osFiles{}, f}
 	return opt
 }

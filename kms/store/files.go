@@ -81,10 +81,9 @@ func checkFiles(db, rootFile string) error {
 	return f.Close()
 }
 
-// lockFile takes the exclusive lock that keeps a second process away. The lock
+// lockFile takes the exclusive lock that keeps a second process from db. The lock
 // goes with the process, however it ends; the file stays.
-func lockFile(db string) (*os.File, error) {
-	path := db + ".lock"
+func lockFile(path, db string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("store: lock file: %w", err)

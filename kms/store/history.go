@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -64,7 +65,7 @@ func (s *Store) note(ctx context.Context, tx *sql.Tx, events ...Event) error {
 		return nil
 	}
 	stmt, err := tx.PrepareContext(ctx, `INSERT INTO history (serial, time, pool, side, first_pos, last_pos, key_id, state, key_count, detail)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`)
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)`)
 	if err != nil {
 		return fmt.Errorf("history: %w", err)
 	}
@@ -83,7 +84,7 @@ func (s *Store) note(ctx context.Context, tx *sql.Tx, events ...Event) error {
 		}
 		s.historyNext++
 	}
-	if _, err := tx.ExecContext(ctx, `DELETE FROM history WHERE serial < ?`, s.historyNext-int64(s.opt.HistoryRows)); err != nil {
+	if _, err := tx.ExecContext(ctx, `DELETE FROM history WHERE serial < $1`, s.historyNext-int64(s.opt.HistoryRows)); err != nil {
 		return fmt.Errorf("prune history: %w", err)
 	}
 	return nil
@@ -119,20 +120,24 @@ func (s *Store) History(ctx context.Context, q HistoryQuery) (list []Event, err 
 		return nil, err
 	}
 	where, args := []string{"1 = 1"}, []any{}
+	and := func(condition string, arg any) {
+		args = append(args, arg)
+		where = append(where, fmt.Sprintf(condition, len(args)))
+	}
 	if q.Pool != uuid.Nil {
-		where, args = append(where, "pool = ?"), append(args, q.Pool[:])
+		and("pool = $%d", q.Pool[:])
 	}
 	if !q.ID.IsZero() {
-		where, args = append(where, "key_id = ?"), append(args, q.ID[:])
+		and("key_id = $%d", q.ID[:])
 	}
 	if q.At != 0 {
-		where, args = append(where, "first_pos <= ? AND last_pos >= ?"), append(args, int64(q.At), int64(q.At))
+		and("first_pos <= $%[1]d AND last_pos >= $%[1]d", int64(q.At))
 	}
 	if q.Before != 0 {
-		where, args = append(where, "serial < ?"), append(args, q.Before)
+		and("serial < $%d", q.Before)
 	}
 	rows, err := s.r.QueryContext(ctx, `SELECT serial, time, pool, side, first_pos, last_pos, key_id, state, key_count, detail FROM history
-		WHERE `+strings.Join(where, " AND ")+` ORDER BY serial DESC LIMIT ?`, append(args, n)...)
+		WHERE `+strings.Join(where, " AND ")+` ORDER BY serial DESC LIMIT `+strconv.Itoa(n), args...)
 	if err != nil {
 		return nil, fmt.Errorf("store: read history: %w", explain(err))
 	}

@@ -25,19 +25,16 @@ import (
 // it. A new database beside an existing root file takes over its
 // store UUID and epoch, so that a database that was only out of place still fits.
 func Open(ctx context.Context, opt Options) (*Store, error) {
-	path, err := databasePath(opt.URL)
-	if err != nil {
-		return nil, err
-	}
 	if opt.RootFile == "" || opt.Log == nil {
 		return nil, errors.New("store: RootFile and Log must be set")
 	}
 	opt.setDefaults()
-	if err := checkFiles(path, opt.RootFile); err != nil {
+	eng, err := newEngine(&opt)
+	if err != nil {
 		return nil, err
 	}
 	s := &Store{
-		opt: opt, path: path, turn: make(chan struct{}, 1), ratcheting: make(chan struct{}, 1),
+		opt: opt, eng: eng, turn: make(chan struct{}, 1), ratcheting: make(chan struct{}, 1),
 		data: map[uint64]cipher.AEAD{}, pools: map[uuid.UUID]*pool{},
 	}
 	if err := s.open(ctx); err != nil {
@@ -67,16 +64,13 @@ func (o *Options) setDefaults() {
 	if o.EventRows <= 0 {
 		o.EventRows = defaultEventRows
 	}
-	if o.open == nil {
-		o.open = openSQLite
-	}
 	if o.files == nil {
 		o.files = osFiles{}
 	}
 }
 
 func (s *Store) open(ctx context.Context) (err error) {
-	if s.lock, err = lockFile(s.path); err != nil {
+	if s.lock, err = s.eng.prepare(); err != nil {
 		return err
 	}
 	if s.root, err = readRoot(s.opt.RootFile); err != nil {
@@ -88,17 +82,12 @@ func (s *Store) open(ctx context.Context) (err error) {
 			return fmt.Errorf("store: remove a leftover: %w", err)
 		}
 	}
-	if s.w, err = s.opt.open(dsn(s.path, false)); err != nil {
-		return fmt.Errorf("store: open %s: %w", s.path, err)
+	if err := s.connect(); err != nil {
+		return err
 	}
-	s.w.SetMaxOpenConns(1)
-	if s.r, err = s.opt.open(dsn(s.path, true)); err != nil {
-		return fmt.Errorf("store: open %s: %w", s.path, err)
-	}
-	s.r.SetMaxOpenConns(4)
-	isNew, err := fresh(ctx, s.w)
+	isNew, err := s.eng.fresh(ctx, s.w)
 	if err != nil {
-		return fmt.Errorf("store: %s: %w", s.path, err)
+		return fmt.Errorf("store: %s: %w", s.eng, err)
 	}
 	if isNew {
 		if err := s.create(ctx); err != nil {
@@ -106,13 +95,33 @@ func (s *Store) open(ctx context.Context) (err error) {
 		}
 	}
 	if err := s.readNode(ctx); err != nil {
-		return fmt.Errorf("store: %s: %w", s.path, err)
+		return fmt.Errorf("store: %s: %w", s.eng, err)
 	}
 	found, err := s.readAll(ctx)
 	if err != nil {
-		return fmt.Errorf("store: %s: %w", s.path, err)
+		return fmt.Errorf("store: %s: %w", s.eng, err)
 	}
 	return s.begin(ctx, found)
+}
+
+// connect makes the pools of connections: one that writes, a few that read.
+func (s *Store) connect() error {
+	for _, c := range []struct {
+		db       **sql.DB
+		readOnly bool
+		most     int
+	}{{&s.w, false, 1}, {&s.r, true, 4}} {
+		connector, err := s.eng.connector(c.readOnly)
+		if err != nil {
+			return fmt.Errorf("store: open %s: %w", s.eng, err)
+		}
+		if s.opt.wrap != nil && !c.readOnly {
+			connector = s.opt.wrap(connector)
+		}
+		*c.db = sql.OpenDB(connector)
+		(*c.db).SetMaxOpenConns(c.most)
+	}
+	return nil
 }
 
 // create makes root file, tables and node row.
@@ -129,14 +138,14 @@ func (s *Store) create(ctx context.Context) (err error) {
 	// Ahead of any database that this one replaces, which counted starts from the
 	// second it was made in.
 	s.generation = uint64(max(s.opt.Now().Unix(), 1))
-	err = s.write(ctx, "make database "+s.path, func(tx *sql.Tx) error {
-		if err := claim(ctx, tx); err != nil {
+	err = s.write(ctx, "make database "+s.eng.String(), func(tx *sql.Tx) error {
+		if err := s.eng.claim(ctx, tx); err != nil {
 			return err
 		}
-		if err := createSchema(ctx, tx); err != nil {
+		if err := createSchema(ctx, tx, s.eng.bytesType()); err != nil {
 			return err
 		}
-		_, err := tx.ExecContext(ctx, `INSERT INTO node (one, version, uuid, generation, epoch, proof) VALUES (1, ?, ?, 0, 0, ?)`,
+		_, err := tx.ExecContext(ctx, `INSERT INTO node (one, version, uuid, generation, epoch, proof) VALUES (1, $1, $2, 0, 0, $3)`,
 			schemaVersion, s.uuid[:], []byte{})
 		if err != nil {
 			return err
@@ -144,7 +153,7 @@ func (s *Store) create(ctx context.Context) (err error) {
 		return s.putNode(ctx, tx)
 	})
 	if err == nil {
-		s.opt.Log.Info("store: made", "path", s.path, "store", s.uuid, "epoch", s.epoch)
+		s.opt.Log.Info("store: made", "database", s.eng.String(), "store", s.uuid, "epoch", s.epoch)
 	}
 	return err
 }
@@ -155,7 +164,7 @@ func (s *Store) putNode(ctx context.Context, tx *sql.Tx) error {
 	if err != nil {
 		return err
 	}
-	return oneRow(tx.ExecContext(ctx, `UPDATE node SET generation = ?, epoch = ?, proof = ? WHERE one = 1`,
+	return oneRow(tx.ExecContext(ctx, `UPDATE node SET generation = $1, epoch = $2, proof = $3 WHERE one = 1`,
 		int64(s.generation), int64(s.epoch), seal(a, nil, nodeAAD(s.uuid, s.generation, s.epoch))))
 }
 

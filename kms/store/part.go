@@ -10,11 +10,6 @@ import (
 	"github.com/q-ipsec/q-ipsec/kms/key"
 )
 
-// querier is *sql.DB or *sql.Tx.
-type querier interface {
-	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
-}
-
 // damage is a block that cannot be opened. Its keys are lost; it is given up.
 type damage struct {
 	h     *header
@@ -47,7 +42,7 @@ func (s *Store) openParts(ctx context.Context, q querier, h *header, lo, hi int,
 	}
 	for part := lo; part <= hi; part++ {
 		var ids, box []byte
-		err := q.QueryRowContext(ctx, `SELECT ids, box FROM part WHERE pool = ? AND seq = ? AND part = ?`,
+		err := q.QueryRowContext(ctx, `SELECT ids, box FROM part WHERE pool = $1 AND seq = $2 AND part = $3`,
 			h.pool[:], int64(h.seq), part).Scan(&ids, &box)
 		if errors.Is(err, sql.ErrNoRows) {
 			return &damage{h, fmt.Errorf("part %d is missing", part)}

@@ -181,7 +181,7 @@ func (s *Store) putPool(ctx context.Context, tx *sql.Tx, p *PoolInfo) error {
 	if err != nil {
 		return err
 	}
-	res, err := tx.ExecContext(ctx, `UPDATE pool SET newest_seq = ?, own_mark = ?, peer_mark = ?, peer_generation = ?, epoch = ?, proof = ? WHERE id = ?`,
+	res, err := tx.ExecContext(ctx, `UPDATE pool SET newest_seq = $1, own_mark = $2, peer_mark = $3, peer_generation = $4, epoch = $5, proof = $6 WHERE id = $7`,
 		int64(p.NewestSeq), int64(p.Mark), int64(p.PeerMark), int64(p.PeerGeneration), int64(s.epoch), seal(a, nil, p.rowAAD(s.uuid, s.epoch)), p.ID[:])
 	return oneRow(res, err)
 }
@@ -224,7 +224,7 @@ func (s *Store) EnsurePool(ctx context.Context, id uuid.UUID, peer string, role 
 	}
 	err = s.write(ctx, "make pool "+id.String(), func(tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, `INSERT INTO pool (id, peer, role, class, newest_seq, own_mark, peer_mark, peer_generation, epoch, proof)
-			VALUES (?, ?, ?, ?, 0, 0, 0, 0, ?, ?)`, id[:], peer, int64(role), int64(class), int64(s.epoch), seal(a, nil, p.info.rowAAD(s.uuid, s.epoch)))
+			VALUES ($1, $2, $3, $4, 0, 0, 0, 0, $5, $6)`, id[:], peer, int64(role), int64(class), int64(s.epoch), seal(a, nil, p.info.rowAAD(s.uuid, s.epoch)))
 		return err
 	})
 	if err != nil {

@@ -131,7 +131,7 @@ func (s *Store) renew(ctx context.Context, tx *sql.Tx, p *pool, old *header) (*h
 		return p.info.owner(Own).Owns(pos) && pos > h.cut[0] || p.info.owner(Peer).Owns(pos) && pos > h.cut[1]
 	}
 	first := p.cutParts(&h)
-	if _, err := tx.ExecContext(ctx, `DELETE FROM part WHERE pool = ? AND seq = ? AND part < ?`, h.pool[:], int64(h.seq), first); err != nil {
+	if _, err := tx.ExecContext(ctx, `DELETE FROM part WHERE pool = $1 AND seq = $2 AND part < $3`, h.pool[:], int64(h.seq), first); err != nil {
 		return nil, err
 	}
 	err = s.openParts(ctx, tx, old, first, h.parts()-1, func(part int, ids, keys []byte) error {
@@ -140,7 +140,7 @@ func (s *Store) renew(ctx context.Context, tx *sql.Tx, p *pool, old *header) (*h
 				clear(keys[at*key.MasterSize : (at+1)*key.MasterSize])
 			}
 		}
-		return oneRow(tx.ExecContext(ctx, `UPDATE part SET box = ? WHERE pool = ? AND seq = ? AND part = ?`,
+		return oneRow(tx.ExecContext(ctx, `UPDATE part SET box = $1 WHERE pool = $2 AND seq = $3 AND part = $4`,
 			seal(fresh, keys, h.partAAD(s.uuid, part, ids)), h.pool[:], int64(h.seq), part))
 	})
 	if err != nil {

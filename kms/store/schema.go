@@ -86,9 +86,9 @@ CREATE TABLE event (
 	action TEXT NOT NULL
 )`
 
-// createSchema makes every table. SQLite calls byte strings BLOB.
-func createSchema(ctx context.Context, tx *sql.Tx) error {
-	for stmt := range strings.SplitSeq(strings.ReplaceAll(schema, "BYTES", "BLOB"), ";") {
+// createSchema makes every table.
+func createSchema(ctx context.Context, tx *sql.Tx, bytesType string) error {
+	for stmt := range strings.SplitSeq(strings.ReplaceAll(schema, "BYTES", bytesType), ";") {
 		if _, err := tx.ExecContext(ctx, stmt); err != nil {
 			return fmt.Errorf("create tables: %w", err)
 		}

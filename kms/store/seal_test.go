@@ -5,6 +5,7 @@ import (
 	"crypto/cipher"
 	"crypto/hkdf"
 	"crypto/sha512"
+	"database/sql"
 	"encoding/hex"
 	"os"
 	"path/filepath"
@@ -310,8 +311,9 @@ func TestRatchetForgets(t *testing.T) {
 
 	// The block's new key does not open its old boxes.
 	h := s.pools[testPool].blocks[0]
-	db, err := openSQLite(dsn(filepath.Join(old, "store.db"), true))
+	c, err := (&sqliteEngine{path: filepath.Join(old, "store.db")}).connector(true)
 	must(t, err)
+	db := sql.OpenDB(c)
 	defer db.Close()
 	var ids, box []byte
 	must(t, db.QueryRow(`SELECT ids, box FROM part WHERE seq = 1 AND part = 0`).Scan(&ids, &box))

@@ -3,10 +3,11 @@ package store
 import (
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"errors"
 	"fmt"
 	"net/url"
-	"strings"
+	"os"
 
 	"modernc.org/sqlite"
 )
@@ -28,24 +29,24 @@ const (
 	sqliteIOErrWrite = 10 | 3<<8
 )
 
-// opener opens a database by driver and DSN; tests put a failing driver here.
-type opener func(dsn string) (*sql.DB, error)
+// sqliteEngine is a database in one file, of one process.
+type sqliteEngine struct{ path, rootFile string }
 
-func openSQLite(dsn string) (*sql.DB, error) { return sql.Open("sqlite", dsn) }
+func (e *sqliteEngine) String() string { return e.path }
 
-// databasePath takes the path out of Options.URL.
-func databasePath(rawURL string) (string, error) {
-	path, ok := strings.CutPrefix(rawURL, "sqlite:")
-	if !ok || path == "" {
-		return "", fmt.Errorf("store: URL %q: want sqlite:/path/to/file", rawURL)
+func (e *sqliteEngine) bytesType() string { return "BLOB" }
+
+func (e *sqliteEngine) prepare() (*os.File, error) {
+	if err := checkFiles(e.path, e.rootFile); err != nil {
+		return nil, err
 	}
-	return path, nil
+	return lockFile(e.path+".lock", e.path)
 }
 
-// dsn spells the settings that every connection gets. synchronous=FULL syncs
-// the write-ahead log at each commit: a mark that Advance reported survives a
-// power cut.
-func dsn(path string, readOnly bool) string {
+// connector spells the settings that every connection gets. synchronous=FULL
+// syncs the write-ahead log at each commit: a mark that Advance reported survives
+// a power cut.
+func (e *sqliteEngine) connector(readOnly bool) (driver.Connector, error) {
 	q := url.Values{"_txlock": {"immediate"}, "_pragma": {
 		"busy_timeout(5000)", "journal_mode(WAL)", "synchronous(FULL)", "foreign_keys(1)", "trusted_schema(0)",
 		"cell_size_check(1)", "temp_store(MEMORY)", "journal_size_limit(16777216)",
@@ -53,17 +54,26 @@ func dsn(path string, readOnly bool) string {
 	if readOnly {
 		q.Set("_query_only", "1")
 	}
-	return "file:" + (&url.URL{Path: path}).EscapedPath() + "?" + q.Encode()
+	return sqliteConnector("file:" + (&url.URL{Path: e.path}).EscapedPath() + "?" + q.Encode()), nil
 }
 
-// fresh reports whether the database is empty and ours to fill; it refuses
-// another program's.
-func fresh(ctx context.Context, db *sql.DB) (bool, error) {
+// sqliteConnector is a data source name.
+type sqliteConnector string
+
+// Driver is SQLite's.
+func (c sqliteConnector) Driver() driver.Driver { return &sqlite.Driver{} }
+
+// Connect opens a connection; a file needs no waiting for.
+func (c sqliteConnector) Connect(context.Context) (driver.Conn, error) {
+	return c.Driver().Open(string(c))
+}
+
+func (e *sqliteEngine) fresh(ctx context.Context, q querier) (bool, error) {
 	var id, tables int64
-	if err := db.QueryRowContext(ctx, "PRAGMA application_id").Scan(&id); err != nil {
+	if err := q.QueryRowContext(ctx, "PRAGMA application_id").Scan(&id); err != nil {
 		return false, explain(err)
 	}
-	if err := db.QueryRowContext(ctx, "SELECT count(*) FROM sqlite_master").Scan(&tables); err != nil {
+	if err := q.QueryRowContext(ctx, "SELECT count(*) FROM sqlite_master").Scan(&tables); err != nil {
 		return false, explain(err)
 	}
 	switch {
@@ -75,14 +85,12 @@ func fresh(ctx context.Context, db *sql.DB) (bool, error) {
 	return false, fmt.Errorf("%w (application id %#x, %d tables)", ErrForeign, id, tables)
 }
 
-// claim marks the file as ours, within the transaction that makes the schema.
-func claim(ctx context.Context, tx *sql.Tx) error {
+func (e *sqliteEngine) claim(ctx context.Context, tx *sql.Tx) error {
 	_, err := tx.ExecContext(ctx, fmt.Sprintf("PRAGMA application_id = %d", applicationID))
 	return err
 }
 
-// explain adds our error to those of the driver that an operator can act on.
-func explain(err error) error {
+func explainSQLite(err error) error {
 	var e *sqlite.Error
 	if !errors.As(err, &e) {
 		return err

@@ -33,7 +33,7 @@ type Options struct {
 	// 1,000,000 and 10,000.
 	HistoryRows, EventRows int
 
-	open  opener
+	wrap  func(driver.Connector) driver.Connector // of the connection that writes
 	files rootFiles
 }
 
@@ -42,7 +42,7 @@ type Options struct {
 // with its history rows; what the callers ask most is answered from memory.
 type Store struct {
 	opt  Options
-	path string
+	eng  engine
 	lock *os.File
 	w, r *sql.DB // one writing connection, a few reading ones
 
