@@ -86,6 +86,7 @@ type link struct {
 	faults  map[string]string // why a connection is not loaded
 	keys    map[string]string // ids of private keys by path
 	next    map[childName]retry
+	begun   attempts
 	moved   []movedSA // to be rekeyed from here if the peer does not
 }
 
@@ -93,15 +94,6 @@ type link struct {
 type movedSA struct {
 	id sad.ID
 	at time.Time
-}
-
-// childName names a child of a connection.
-type childName struct{ conn, child string }
-
-// retry is when a child is initiated next, and how often it was in vain.
-type retry struct {
-	at  time.Time
-	try int
 }
 
 // connView is what charon and the SAD showed of a connection at the last look.
@@ -198,7 +190,7 @@ func (m *Manager) session(ctx context.Context) error {
 	defer client.Close()
 	l := &link{
 		client: client, grace: time.Now().Add(m.t.helloGrace),
-		loaded: map[string]bool{}, faults: map[string]string{}, keys: map[string]string{}, next: map[childName]retry{},
+		loaded: map[string]bool{}, faults: map[string]string{}, keys: map[string]string{}, next: map[childName]retry{}, begun: attempts{},
 	}
 	if l.version, err = client.Version(ctx); err != nil {
 		return err
@@ -405,57 +397,6 @@ func (m *Manager) config(name string) *Connection {
 		}
 	}
 	return nil
-}
-
-// start initiates what is due, each child with its own back-off.
-func (m *Manager) start(ctx context.Context, l *link) {
-	for _, w := range m.due(l, time.Now()) {
-		m.log.Info("tunnel command", "connection", w.conn, "child", w.child, "peer", joinAddrs(m.config(w.conn).RemoteAddrs))
-		if err := l.client.Initiate(ctx, w.conn, w.child, 0); err != nil {
-			m.log.Warn("charon refuses to initiate", "connection", w.conn, "child", w.child, "cause", err)
-			if l.client.Err() != nil {
-				return
-			}
-		}
-		r := l.next[w]
-		wait := min(m.t.retryMin<<min(r.try, 10), m.t.retryMax)
-		l.next[w] = retry{at: time.Now().Add(wait/2 + rand.N(wait/2+1)), try: r.try + 1}
-	}
-}
-
-// due gives the children that shall be up, are not by the last view, and whose
-// next try has come.
-func (m *Manager) due(l *link, now time.Time) []childName {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	var out []childName
-	for _, c := range m.o.Connections {
-		if !l.loaded[c.Name] || m.held[c.Name] || m.at.IsZero() {
-			continue
-		}
-		for _, ch := range c.Children {
-			w := childName{c.Name, ch.Name}
-			switch {
-			case ch.Start != StartNow:
-			case m.view[c.Name].has(ch.Name):
-				delete(l.next, w)
-			case m.view[c.Name].connecting():
-			case !now.Before(l.next[w].at):
-				out = append(out, w)
-			}
-		}
-	}
-	return out
-}
-
-// has reports whether a child of that name carries traffic.
-func (v *connView) has(child string) bool {
-	return slices.ContainsFunc(v.children, func(c childView) bool { return c.Name == child && c.Carries() })
-}
-
-// connecting reports whether charon is setting the IKE_SA up.
-func (v *connView) connecting() bool {
-	return slices.ContainsFunc(v.ikes, func(i vici.IKESA) bool { return i.State == "CONNECTING" || i.State == "CREATED" })
 }
 
 // stop takes our connections and their SAs out of charon.
