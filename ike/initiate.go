@@ -19,6 +19,13 @@ const (
 	attemptMost  = 10 * time.Second // a peer that does not answer must not hold others at its address up for longer
 )
 
+// What charon or the peer is setting up in an IKE_SA, as they do all children one by
+// one after a reauthentication, is not asked for a second time.
+const (
+	youngIKE     = 5 * time.Second  // of an IKE_SA of the peer's: its tasks are not ours to see
+	exchangeMost = 30 * time.Second // of the tasks in ours
+)
+
 // childName names a child of a connection.
 type childName struct{ conn, child string }
 
@@ -115,13 +122,15 @@ func (m *Manager) due(l *link, now time.Time) []childName {
 		if !l.loaded[c.Name] || m.held[c.Name] || m.at.IsZero() {
 			continue
 		}
+		v := m.view[c.Name]
+		wait := v.connecting() || l.awaits(c.Name, v, now)
 		for _, ch := range c.Children {
 			w := childName{c.Name, ch.Name}
 			switch {
 			case ch.Start != StartNow:
-			case m.view[c.Name].has(ch.Name):
+			case v.has(ch.Name):
 				delete(l.next, w)
-			case m.view[c.Name].connecting():
+			case wait:
 			case !now.Before(l.next[w].at):
 				out = append(out, w)
 			}
@@ -129,6 +138,21 @@ func (m *Manager) due(l *link, now time.Time) []childName {
 	}
 	slices.SortStableFunc(out, func(a, b childName) int { return l.next[a].at.Compare(l.next[b].at) })
 	return out
+}
+
+// awaits reports whether children of conn are on their way without us.
+func (l *link) awaits(conn string, v *connView, now time.Time) bool {
+	if slices.ContainsFunc(v.ikes, func(i vici.IKESA) bool { return !i.Initiator && i.State == "ESTABLISHED" && i.Established < youngIKE }) {
+		return true
+	}
+	if !slices.ContainsFunc(v.ikes, func(i vici.IKESA) bool { return i.Creating }) {
+		delete(l.busy, conn)
+		return false
+	}
+	if l.busy[conn].IsZero() {
+		l.busy[conn] = now
+	}
+	return now.Sub(l.busy[conn]) < exchangeMost
 }
 
 // has reports whether a child of that name carries traffic.

@@ -37,7 +37,7 @@ func newStartSim(t *testing.T, n int) *startSim {
 	s.Manager.t = defaultTiming
 	sim := &startSim{
 		t: t, m: s.Manager, now: newClock().Now(), ends: map[string]time.Time{}, begun: map[string]int{}, most: map[netip.Addr]int{},
-		l: &link{loaded: map[string]bool{}, next: map[childName]retry{}, begun: attempts{}},
+		l: &link{loaded: map[string]bool{}, next: map[childName]retry{}, begun: attempts{}, busy: map[string]time.Time{}},
 	}
 	for _, c := range s.o.Connections {
 		sim.l.loaded[c.Name] = true
@@ -145,5 +145,42 @@ func TestStartAgain(t *testing.T) {
 	s.run(time.Minute, quick)
 	if len(s.begun) != 11 {
 		t.Errorf("begun: %v", s.begun)
+	}
+}
+
+// After a reauthentication charon sets the children up one by one. The Manager asks
+// for one of them only when no exchange makes it: the key would be fetched twice.
+func TestStartWaitsForTheExchange(t *testing.T) {
+	s := newStartSim(t, 0)
+	one := []childView{{ChildSA: vici.ChildSA{Name: "net", State: "INSTALLED"}}}
+	asked := func(ike vici.IKESA, after time.Duration) bool {
+		s.now = s.now.Add(after)
+		s.m.mu.Lock()
+		s.m.at, s.m.view = s.now, map[string]*connView{"other": {ikes: []vici.IKESA{ike}, children: one}}
+		s.m.mu.Unlock()
+		list := s.m.begin(s.l, s.now)
+		if len(list) > 0 && list[0] != (childName{"other", "more"}) {
+			t.Errorf("begun %v", list)
+		}
+		return len(list) > 0
+	}
+	ours := vici.IKESA{State: "ESTABLISHED", Initiator: true}
+	busy, theirs := ours, ours
+	busy.Creating, theirs.Initiator = true, false
+	if asked(busy, 0) || asked(busy, exchangeMost-time.Second) {
+		t.Error("asked for beside the exchange")
+	}
+	if !asked(busy, time.Second) {
+		t.Error("waits for ever for an exchange that does not end")
+	}
+	if !asked(ours, 0) || asked(busy, time.Minute) || !asked(ours, time.Second) {
+		t.Error("a later exchange is not waited for, or the end of one not noticed")
+	}
+	if asked(theirs, 0) {
+		t.Error("asked for in an IKE_SA that the peer has just begun")
+	}
+	theirs.Established = youngIKE
+	if !asked(theirs, youngIKE) {
+		t.Error("waits for ever for the peer")
 	}
 }

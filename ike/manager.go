@@ -87,7 +87,8 @@ type link struct {
 	keys    map[string]string // ids of private keys by path
 	next    map[childName]retry
 	begun   attempts
-	moved   []movedSA // to be rekeyed from here if the peer does not
+	busy    map[string]time.Time // since when charon sets up children of a connection by itself
+	moved   []movedSA            // to be rekeyed from here if the peer does not
 }
 
 // movedSA is an SA at new addresses, and when it is rekeyed if it is still there.
@@ -190,7 +191,7 @@ func (m *Manager) session(ctx context.Context) error {
 	defer client.Close()
 	l := &link{
 		client: client, grace: time.Now().Add(m.t.helloGrace),
-		loaded: map[string]bool{}, faults: map[string]string{}, keys: map[string]string{}, next: map[childName]retry{}, begun: attempts{},
+		loaded: map[string]bool{}, faults: map[string]string{}, keys: map[string]string{}, next: map[childName]retry{}, begun: attempts{}, busy: map[string]time.Time{},
 	}
 	if l.version, err = client.Version(ctx); err != nil {
 		return err

@@ -202,7 +202,14 @@ func tunnel(id uint32) vicitest.IKE {
 
 func TestSAs(t *testing.T) {
 	charon, c := dial(t)
-	charon.SetIKEs(tunnel(7))
+	busy := tunnel(7)
+	busy.Queued = []string{"IKE_DPD", "CHILD_CREATE"}
+	charon.SetIKEs(busy)
+	if sas, err := c.SAs(t.Context()); err != nil || len(sas) != 1 || !sas[0].Creating {
+		t.Errorf("a queued CHILD_SA: %+v, %v", sas, err)
+	}
+	busy.Queued = []string{"CHILD_REKEY"}
+	charon.SetIKEs(busy)
 	sas, err := c.SAs(t.Context())
 	want := []IKESA{{
 		Conn: "link", UniqueID: 7, State: "ESTABLISHED", Initiator: true, LocalHost: "192.0.2.1", RemoteHost: "192.0.2.2", Established: 3 * time.Second,

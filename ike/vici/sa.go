@@ -2,6 +2,7 @@ package vici
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 
@@ -18,6 +19,7 @@ type IKESA struct {
 	RemoteHost  string
 	RemoteID    string
 	Established time.Duration // ago
+	Creating    bool          // a CHILD_SA is being set up in it, or waits for that
 	Children    []ChildSA
 }
 
@@ -148,6 +150,9 @@ func parseSection(name string, m *govici.Message) (section, error) {
 		RemoteID:    text(m, "remote-id"),
 		Established: f.seconds("established"),
 	}}
+	for _, queue := range []string{"tasks-queued", "tasks-active", "tasks-passive"} {
+		s.sa.Creating = s.sa.Creating || slices.Contains(list(m, queue), "CHILD_CREATE")
+	}
 	if f.err != nil {
 		return section{}, f.err
 	}

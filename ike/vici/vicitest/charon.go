@@ -35,7 +35,8 @@ type IKE struct {
 	ID            uint32
 	State         string
 	Local, Remote string
-	Responder     bool // the peer has begun it
+	Responder     bool     // the peer has begun it
+	Queued        []string // tasks, by charon's names
 	Children      []Child
 }
 
@@ -427,8 +428,9 @@ func (i IKE) section() Element {
 	if i.Responder {
 		role = V("responder", "yes")
 	}
+	tasks := L("tasks-queued", i.Queued...)
 	return S(i.Conn, V("uniqueid", strconv.Itoa(int(i.ID))), V("version", "2"), V("state", i.State),
-		V("local-host", i.Local), V("remote-host", i.Remote), role, V("established", "3"), children)
+		V("local-host", i.Local), V("remote-host", i.Remote), role, V("established", "3"), tasks, children)
 }
 
 func (ch Child) section() Element {
