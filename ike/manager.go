@@ -72,7 +72,8 @@ type Manager struct {
 	cause string          // why there is none
 	held  map[string]bool // taken down by the operator: not initiated again
 	view  map[string]*connView
-	at    time.Time // of the view
+	at    time.Time     // of the view
+	seen  chan struct{} // closed when the view is replaced
 }
 
 // link is one VICI connection with what was done over it.
@@ -123,7 +124,7 @@ func NewManager(o ManagerOptions) (*Manager, error) {
 	}
 	m := &Manager{
 		o: o, t: defaultTiming, log: o.Log, kick: make(chan struct{}, 1),
-		held: map[string]bool{}, view: map[string]*connView{}, cause: "not connected yet",
+		held: map[string]bool{}, view: map[string]*connView{}, cause: "not connected yet", seen: make(chan struct{}),
 		pacer: newPacer(o.RekeyReserve),
 	}
 	for _, c := range o.Connections {
@@ -175,6 +176,7 @@ func (m *Manager) disconnected(err error) {
 	for _, v := range m.view {
 		*v = connView{}
 	}
+	m.replaced()
 	m.mu.Unlock()
 	if !same {
 		report(m.log, m.o.Events, Event{Severity: Fault, Code: EventCharon, Text: "no charon: " + err.Error()})

@@ -468,6 +468,40 @@ func TestManagerRekeyedCarries(t *testing.T) {
 	}
 }
 
+// charon tells nobody when a CHILD_SA that was replaced goes: who asks sees what is,
+// and waits for no charon that does not answer.
+func TestManagerRefresh(t *testing.T) {
+	s := newSite(t, nil)
+	s.Manager.o.Reconcile = time.Hour
+	s.Refresh(t.Context()) // without a charon
+	s.connects(sad.Owner{Connection: "link", Mix: sad.MixHybrid})
+	s.hello("5.9.8")
+	s.run()
+	eventually(t, "up", s.is("link", StateUp))
+	s.charon.Lock()
+	s.charon.IKEs[0].Children[0].State = "REKEYED"
+	fresh := ikeOf("link", "net", 9).Children[0]
+	s.charon.IKEs[0].Children = append(slices.Clone(s.charon.IKEs[0].Children), fresh)
+	s.charon.Unlock()
+	s.sad.put(fresh.SPIIn, fresh.SPIOut, sad.Owner{Connection: "link", Mix: sad.MixHybrid})
+	if s.Refresh(t.Context()); len(s.state("link").Children) != 2 {
+		t.Errorf("%+v", s.state("link"))
+	}
+	s.charon.Lock()
+	s.charon.IKEs[0].Children = []vicitest.Child{fresh}
+	s.charon.Unlock()
+	if s.Refresh(t.Context()); len(s.state("link").Children) != 1 {
+		t.Errorf("a CHILD_SA that is gone is shown: %+v", s.state("link"))
+	}
+	s.charon.Lock()
+	s.charon.Hang["list-sas"] = true
+	s.charon.Unlock()
+	began := time.Now()
+	if s.Refresh(t.Context()); time.Since(began) > 2*refreshMost || len(s.state("link").Children) != 1 {
+		t.Errorf("after %v: %+v", time.Since(began), s.state("link"))
+	}
+}
+
 // Events without a pause must not keep the Manager from looking.
 func TestManagerLooksAmongEvents(t *testing.T) {
 	s := newSite(t, func(_ *site, c []Connection) []Connection {

@@ -196,9 +196,41 @@ func (m *Manager) update(ikes []vici.IKESA, states []sad.State, at time.Time) {
 		changed = append(changed, e)
 	}
 	m.view, m.at = fresh, at
+	m.replaced()
 	m.mu.Unlock()
 	for _, e := range changed {
 		report(m.log, m.o.Events, e)
+	}
+}
+
+// replaced tells those who wait for a new view; m.mu is held.
+func (m *Manager) replaced() {
+	close(m.seen)
+	m.seen = make(chan struct{})
+}
+
+// refreshMost bounds Refresh beside a charon that is slow.
+const refreshMost = 2 * time.Second
+
+// Refresh has the Manager look at charon again and waits for that, 2 s at most:
+// charon tells nobody of a CHILD_SA that goes once it is replaced.
+func (m *Manager) Refresh(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, refreshMost)
+	defer cancel()
+	asked := time.Now()
+	m.again()
+	for {
+		m.mu.Lock()
+		done, next := m.link == nil || m.at.After(asked), m.seen
+		m.mu.Unlock()
+		if done {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-next:
+		}
 	}
 }
 

@@ -60,7 +60,8 @@ type ChildStatus struct {
 	BytesIn, BytesOut uint64
 }
 
-// Status gives every connection, in the order of the configuration.
+// Status gives every connection, in the order of the configuration, as it was at the
+// last look.
 func (m *Manager) Status() []Status {
 	out := make([]Status, 0, len(m.o.Connections))
 	for _, c := range m.o.Connections {
@@ -377,6 +378,11 @@ func (m *Manager) hold(name string, down bool) {
 	m.mu.Lock()
 	m.held[name] = down
 	m.mu.Unlock()
+	m.again()
+}
+
+// again has the owner loop look at charon as soon as it can.
+func (m *Manager) again() {
 	select {
 	case m.kick <- struct{}{}:
 	default:

@@ -182,7 +182,8 @@ type operatorTunnels struct {
 }
 
 // Tunnels gives every connection.
-func (o *operatorTunnels) Tunnels(context.Context) ([]operator.Tunnel, error) {
+func (o *operatorTunnels) Tunnels(ctx context.Context) ([]operator.Tunnel, error) {
+	o.manager.Refresh(ctx)
 	out := []operator.Tunnel{}
 	for _, s := range o.manager.Status() {
 		t := operator.Tunnel{
@@ -240,7 +241,8 @@ func (o *operatorTunnels) SAs(ctx context.Context) ([]operator.SA, error) {
 }
 
 // Explain checks what a tunnel depends on, keys first.
-func (o *operatorTunnels) Explain(_ context.Context, name string) (operator.Explanation, error) {
+func (o *operatorTunnels) Explain(ctx context.Context, name string) (operator.Explanation, error) {
+	o.manager.Refresh(ctx)
 	text, err := o.manager.Explain(name)
 	if err != nil {
 		return operator.Explanation{}, notFound(name, err)
