@@ -357,7 +357,7 @@ main() {
     : >"$TESTENV_OUT/matrix.tsv"
     node_start ha tempt ping -i 0.2 -W 1 10.2.0.2
     node_start hb tempt ping -i 0.2 -W 1 10.1.0.2
-    QKD_KM=100.0 # few keys: one cell takes all of them
+    QKD_KM=75.0 # not many keys: one cell takes all of them
     qkdsim_start "" "first_keys = 3000"
     if [ $# = 0 ]; then
         for c in $(cut -d'~' -f1 <<<"$causes"); do
