@@ -137,7 +137,6 @@ static void message_in(ike_sa_t *ike_sa, qi_state_t *state, message_t *message)
 	exchange_type_t exchange = message->get_exchange_type(message);
 	bool request = message->get_request(message);
 
-	state->answering = request;
 	switch ((int)exchange)
 	{
 		case IKE_SA_INIT:
@@ -164,6 +163,10 @@ static void message_in(ike_sa_t *ike_sa, qi_state_t *state, message_t *message)
 			stash_confirm(&state->c_i, message);
 			break;
 		case EXCHANGE_FOLLOWUP_KE:
+			/* the end of a CREATE_CHILD_SA; one of the other side may have
+			 * come between */
+			state->responder = request;
+			state->exchange = CREATE_CHILD_SA;
 			if (!request)
 			{
 				stash_confirm(&state->c_r, message);
@@ -228,10 +231,16 @@ static void send_child(ike_sa_t *ike_sa, qi_state_t *state, message_t *message)
 
 static void request_out(ike_sa_t *ike_sa, qi_state_t *state, message_t *message)
 {
+	int exchange = message->get_exchange_type(message);
 	nonce_payload_t *payload;
 	chunk_t ni, id;
 
-	switch ((int)message->get_exchange_type(message))
+	if (exchange != IKE_SA_INIT)
+	{	/* that one is sent again under the same ID, after COOKIE */
+		state->sent = TRUE;
+		state->sent_id = message->get_message_id(message);
+	}
+	switch (exchange)
 	{
 		case IKE_SA_INIT:
 			add_support(message);
@@ -269,7 +278,6 @@ static void response_out(ike_sa_t *ike_sa, qi_state_t *state, message_t *message
 {
 	int exchange = message->get_exchange_type(message);
 
-	state->answering = FALSE;
 	if (exchange == IKE_SA_INIT)
 	{
 		if (state->speaks &&

@@ -48,15 +48,28 @@ static char *uuid(chunk_t id, char text[37])
 	return text;
 }
 
+/** TRUE if our last request has no answer yet: charon counts its message ID on
+ *  with the answer, also where it gives the request up. */
+static bool under_way(ike_sa_t *ike_sa, qi_state_t *state)
+{
+	return state->sent &&
+		   state->sent_id == ike_sa->get_message_id(ike_sa, TRUE);
+}
+
 /** TRUE if the nonce about to be made is Ni of a CHILD_SA that we ask for. An
- *  IKE_SA rekey, an IKE_SA without child and every answer keep stock nonces. */
+ *  IKE_SA rekey, an IKE_SA without child and every answer keep stock nonces.
+ *
+ *  What is being handled does not tell: charon also begins a request within one
+ *  of the peer's, before or while it answers. But it builds no request while one
+ *  of ours is under way, and when none is, a task of a CHILD_SA is active only
+ *  while its request is being built. */
 static bool wants_key(ike_sa_t *ike_sa, qi_state_t *state)
 {
 	enumerator_t *enumerator;
 	task_t *task;
 	bool found = FALSE;
 
-	if (state->answering || ike_sa->get_version(ike_sa) != IKEV2)
+	if (ike_sa->get_version(ike_sa) != IKEV2 || under_way(ike_sa, state))
 	{
 		return FALSE;
 	}

@@ -32,8 +32,9 @@ typedef struct {
 	bool speaks;
 	/** an answer to our IKE_SA_INIT request was ignored, and that was told */
 	bool told;
-	/** a request of the peer is being answered: nonces are Nr */
-	bool answering;
+	/** we sent a request after IKE_SA_INIT; message ID of the last one */
+	bool sent;
+	uint32_t sent_id;
 	/** last incoming message of an exchange that sets up a CHILD_SA */
 	bool responder;
 	uint8_t exchange;

@@ -197,19 +197,23 @@ static void all_steps(void)
 	}
 }
 
+static void rekey(ike_sa_t *ike_sa)
+{
+	charon->bus->set_sa(charon->bus, ike_sa);
+	ike_sa->rekey_child_sa(ike_sa, PROTO_ESP, world_spi(ike_sa));
+	charon->bus->set_sa(charon->bus, NULL);
+}
+
 /** Rekeys the CHILD_SA of one side under an answer spoilt like that. */
 static void one_rekey(world_pair_t *pair, bool by_init, const step_t *step, act_t act)
 {
-	ike_sa_t *ike_sa = by_init ? pair->init : pair->resp;
-	uint32_t old = world_spi(pair->init), spi = world_spi(ike_sa);
+	uint32_t old = world_spi(pair->init);
 	bool good = harmless(step, act);
 
 	reset();
 	peer_setup.use_key = step->use_key;
 	peer_script(step->kind, step->nth, act);
-	charon->bus->set_sa(charon->bus, ike_sa);
-	ike_sa->rekey_child_sa(ike_sa, PROTO_ESP, spi);
-	charon->bus->set_sa(charon->bus, NULL);
+	rekey(by_init ? pair->init : pair->resp);
 	world_deliver(pair);
 	check(pair->init && pair->resp, "rekey, %s %s: the IKE_SA is gone", step->name,
 		  act_names[act]);
@@ -257,6 +261,70 @@ static void rekeys(void)
 	}
 	world_end(&pair);
 	group("rekey of an IKE_SA and CHILD_SAs behind it");
+}
+
+/** Whether a nonce carries a Key-ID depends on whose request it is for, not on
+ *  whose message is being handled. */
+static void roles(void)
+{
+	enumerator_t *enumerator;
+	world_pair_t pair;
+	child_sa_t *child;
+
+	/* the peer moved, and with it dynamic selectors: charon rekeys before it answers */
+	reset();
+	check(world_pair(&pair, "link"), "no IKE_SAs");
+	world_initiate(&pair);
+	reset();
+	world_notify = (struct world_notify){ INFORMATIONAL, UPDATE_SA_ADDRESSES,
+										  (uint8_t*)"", 0 };
+	pair.init->set_my_host(pair.init, host_create_from_string("127.0.0.3", 500));
+	world_ping(&pair);
+	world_deliver(&pair);
+	world_notify.data = NULL;
+	check(peer_count(QI_GETKEY) == 1 && peer_count(QI_SENT) == 1 &&
+		  peer_count(QI_BIND) == 2,
+		  "rekey within a request of the peer: %u GETKEY, %u SENT, %u BIND",
+		  peer_count(QI_GETKEY), peer_count(QI_SENT), peer_count(QI_BIND));
+	world_end(&pair);
+
+	/* the peer deleted the CHILD_SA, which is to be up: likewise */
+	reset();
+	check(world_pair(&pair, "link"), "no IKE_SAs");
+	world_initiate(&pair);
+	reset();
+	enumerator = pair.resp->create_child_sa_enumerator(pair.resp);
+	if (enumerator->enumerate(enumerator, &child))
+	{
+		child->set_close_action(child, ACTION_START);
+	}
+	enumerator->destroy(enumerator);
+	charon->bus->set_sa(charon->bus, pair.init);
+	pair.init->delete_child_sa(pair.init, PROTO_ESP, world_spi(pair.init), FALSE);
+	charon->bus->set_sa(charon->bus, NULL);
+	world_deliver(&pair);
+	check(peer_count(QI_GETKEY) == 1 && peer_count(QI_SENT) == 1 &&
+		  world_children(pair.init) == 1 && world_children(pair.resp) == 1,
+		  "start within a request of the peer: %u GETKEY, %u SENT, %u and %u CHILD_SAs",
+		  peer_count(QI_GETKEY), peer_count(QI_SENT), world_children(pair.init),
+		  world_children(pair.resp));
+	world_end(&pair);
+
+	/* both ask: while ours is under way, the nonce for theirs is Nr */
+	reset();
+	check(world_pair(&pair, "link"), "no IKE_SAs");
+	world_initiate(&pair);
+	reset();
+	rekey(pair.init);
+	rekey(pair.resp);
+	world_deliver(&pair);
+	check(peer_count(QI_GETKEY) == 2 && peer_count(QI_SENT) == 2 &&
+		  world_children(pair.init) == 1 && world_children(pair.resp) == 1,
+		  "rekeys by both: %u GETKEY, %u SENT, %u and %u CHILD_SAs",
+		  peer_count(QI_GETKEY), peer_count(QI_SENT), world_children(pair.init),
+		  world_children(pair.resp));
+	world_end(&pair);
+	group("requests of both sides within each other");
 }
 
 /** Changes the type of each support notify in a packet. */
@@ -372,7 +440,7 @@ static void confirmations(void)
 	for (i = 0; i < countof(cases); i++)
 	{
 		reset();
-		world_notify = (struct world_notify){ 40991, data, cases[i].len };
+		world_notify = (struct world_notify){ IKE_AUTH, 40991, data, cases[i].len };
 		check(world_pair(&pair, "link"), "no IKE_SAs");
 		world_initiate(&pair);
 		check(peer_confirmed(QI_BIND) == cases[i].confirmed,
@@ -695,6 +763,7 @@ static void fit(void)
 	group("start");
 	all_steps();
 	rekeys();
+	roles();
 	messages();
 	confirmations();
 	off();

@@ -10,6 +10,7 @@
 
 #include <collections/linked_list.h>
 #include <credentials/sets/mem_cred.h>
+#include <sa/ikev2/tasks/ike_dpd.h>
 
 #include "peer.h"
 
@@ -160,7 +161,7 @@ static bool message_hook(listener_t *this, ike_sa_t *ike_sa, message_t *message,
 						 bool incoming, bool plain)
 {
 	if (plain && !incoming && world_notify.data &&
-		message->get_exchange_type(message) == IKE_AUTH)
+		message->get_exchange_type(message) == world_notify.exchange)
 	{
 		message->add_notify(message, FALSE, world_notify.type,
 							chunk_create(world_notify.data, world_notify.len));
@@ -384,7 +385,11 @@ static void destroy_sa(world_pair_t *pair, ike_sa_t **sa)
 
 status_t world_initiate(world_pair_t *pair)
 {
-	child_init_args_t args = { };
+	child_init_args_t args = {
+#ifdef CPU_ID_MAX
+		.cpu = CPU_ID_MAX,
+#endif
+	};
 	status_t status;
 
 	charon->bus->set_sa(charon->bus, pair->init);
@@ -400,6 +405,14 @@ status_t world_initiate(world_pair_t *pair)
 		world_deliver(pair);
 	}
 	return status;
+}
+
+void world_ping(world_pair_t *pair)
+{
+	charon->bus->set_sa(charon->bus, pair->init);
+	pair->init->queue_task(pair->init, (task_t*)ike_dpd_create(TRUE));
+	pair->init->initiate(pair->init, NULL, NULL);
+	charon->bus->set_sa(charon->bus, NULL);
 }
 
 /** As the manager does it: SPIs of IKE_SA_INIT are taken before the hooks run. */

@@ -29,8 +29,10 @@ typedef struct {
 /** May change a packet of IKE_SA_INIT before it is delivered; NULL: none. */
 extern void (*world_tamper)(chunk_t packet, bool request);
 
-/** A notify that a listener before the plugin's puts into each IKE_AUTH. */
+/** A notify that a listener before the plugin's puts into each message of an
+ *  exchange. */
 extern struct world_notify {
+	exchange_type_t exchange;
 	uint16_t type;
 	/** none if NULL */
 	uint8_t *data;
@@ -48,6 +50,9 @@ bool world_pair(world_pair_t *pair, const char *name);
 
 /** Initiates and delivers all there is. */
 status_t world_initiate(world_pair_t *pair);
+
+/** The first IKE_SA asks the second one for a sign of life. Delivers nothing. */
+void world_ping(world_pair_t *pair);
 
 /** Delivers all that was sent between them; gives the number of messages. */
 u_int world_deliver(world_pair_t *pair);
