@@ -148,6 +148,8 @@ func TestFaults(t *testing.T) {
 		"packets outlived":  {[][2]string{{"# max_key_packets = 0", "max_key_packets = 1000"}, {"# rekey_packets = 0", "rekey_packets = 1000"}}, "ipsec.connection[0].child[0].rekey_packets"},
 		"counts":            {[][2]string{{"# max_key_packets = 0", "max_key_packets = -1"}, {"# rekey_packets = 0", "rekey_packets = -1"}, {"# if_id_in = 0", "if_id_in = 0xfffffffe"}, {"# if_id_out = 0", "if_id_out = -1"}}, "ipsec.connection[0].max_key_packets ipsec.connection[0].child[0].rekey_packets ipsec.connection[0].child[0].if_id_in ipsec.connection[0].child[0].if_id_out"},
 		"reauth":            {[][2]string{{`# reauth_time = "0s"`, `reauth_time = "59s"`}}, "ipsec.connection[0].reauth_time"},
+		"dpd":               {[][2]string{{`# dpd_delay = "30s"`, `dpd_delay = "999ms"`}}, "ipsec.connection[0].dpd_delay"},
+		"no dpd":            {[][2]string{{`# dpd_delay = "30s"`, `dpd_delay = "0s"`}}, ""},
 		"window too large":  {[][2]string{{"# replay_window = 128", "replay_window = 4097"}}, "ipsec.connection[0].child[0].replay_window"},
 		"no window":         {[][2]string{{"# replay_window = 128", "replay_window = 0"}}, "ipsec.connection[0].child[0].replay_window"},
 		"marks":             {[][2]string{{`# mark_in = ""`, `mark_in = "0x10/0xf"`}, {`# mark_out = ""`, `mark_out = "%unique"`}, {`# set_mark_in = ""`, `set_mark_in = "1/2/3"`}, {`# set_mark_out = ""`, `set_mark_out = "4294967295"`}}, "ipsec.connection[0].child[0].mark_in ipsec.connection[0].child[0].mark_out ipsec.connection[0].child[0].set_mark_in ipsec.connection[0].child[0].set_mark_out"},
@@ -276,7 +278,7 @@ peer_sae = "b-ipsec"
 local_addr = "192.0.2.1"
 remote_addr = "192.0.2.2"
 local_id = "a.gw.q-ipsec"
-remote_id = "b.gw.q-ipsec"
+remote_id = "b2.gw.q-ipsec"
 [[ipsec.connection.child]]
 name = "opt"
 local_ts = ["10.1.0.0/24"]
@@ -390,7 +392,7 @@ peer_sae = "b-ipsec"
 local_addr = "192.0.2.1"
 remote_addr = "192.0.2.2"
 local_id = "a.gw.q-ipsec"
-remote_id = "b.gw.q-ipsec"
+remote_id = "b2.gw.q-ipsec"
 [[ipsec.connection.child]]
 name = "second"
 local_ts = ["` + c.local + `"]
@@ -399,6 +401,52 @@ remote_ts = ["` + c.remote + `"]
 			_, err := ParseNode("f", "/", []byte(text))
 			if (err != nil) != c.fault || c.fault && !strings.Contains(err.Error(), "ipsec.connection[1].child[0].remote_ts") {
 				t.Errorf("got %v, want a fault: %v", err, c.fault)
+			}
+		})
+	}
+}
+
+// charon as responder takes the first connection that has the two ends' addresses and
+// identities, and in it the child whose selectors fit best. What it could not tell
+// apart by these is refused.
+func TestAmbiguousForCharon(t *testing.T) {
+	connection := func(local, remote, localID, remoteID string) string {
+		return `[[ipsec.connection]]
+name = "second"
+local_sae = "a-ipsec"
+peer_sae = "b-ipsec"
+local_addr = "` + local + `"
+remote_addr = "` + remote + `"
+local_id = "` + localID + `"
+remote_id = "` + remoteID + `"
+`
+	}
+	child := func(local, remote string) string {
+		return `[[ipsec.connection.child]]
+name = "other"
+local_ts = [` + local + `]
+remote_ts = [` + remote + `]
+`
+	}
+	const addrA, addrB, idA, idB, net1, net2 = "192.0.2.1", "192.0.2.2", "a.gw.q-ipsec", "b.gw.q-ipsec", `"10.1.0.0/24"`, `"10.2.0.0/24"`
+	const ends, selectors = "ipsec.connection[1].remote_id", "ipsec.connection[0].child[1].remote_ts"
+	for name, c := range map[string]struct{ more, fault string }{
+		"equal ends":           {connection(addrA, addrB, idA, idB) + child(net1, `"10.9.0.0/24"`), ends},
+		"ids in another case":  {connection(addrA, addrB, "A.gw.q-ipsec", "B.GW.q-ipsec") + child(net1, `"10.9.0.0/24"`), ends},
+		"other local address":  {connection("192.0.2.7", addrB, idA, idB) + child(net1, net2), ""},
+		"other remote address": {connection(addrA, "192.0.2.7", idA, idB) + child(net1, net2), ""},
+		"other local id":       {connection(addrA, addrB, "a2.gw.q-ipsec", idB) + child(net1, net2), ""},
+		"other remote id":      {connection(addrA, addrB, idA, "b2.gw.q-ipsec") + child(net1, net2), ""},
+		"equal selectors":      {child(net1, net2), selectors},
+		"with another mark":    {child(net1, net2) + "set_mark_in = \"1/1\"\n", selectors},
+		"in another order":     {child(net1, `"10.8.0.0/24", "10.9.0.0/24"`) + strings.Replace(child(net1, `"10.9.0.0/24", "10.8.0.0/24"`), "other", "third", 1), "ipsec.connection[0].child[2].remote_ts"},
+		"wider selectors":      {child(net1, `"10.0.0.0/8"`), ""},
+		"other selectors":      {child(net1, `"10.9.0.0/24"`), ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := ParseNode("f", "/", []byte(sample(t)+"\n"+c.more))
+			if (err != nil) != (c.fault != "") || err != nil && (!strings.Contains(err.Error(), c.fault+":") || !strings.Contains(err.Error(), " 1 fault")) {
+				t.Errorf("got %v, want a fault of %q", err, c.fault)
 			}
 		})
 	}

@@ -75,6 +75,7 @@ func (r *reader) ipsec(raw *rawIPsec, n *Node) *IPsec {
 		}
 		v.Connection = append(v.Connection, c)
 	}
+	r.equalEnds(v.Connection)
 	r.sharedTraffic(v.Connection)
 	if v.Guard {
 		r.routedTraffic(&Node{IPsec: v})
@@ -119,6 +120,43 @@ func (r *reader) routedTraffic(n *Node) {
 			}
 		}
 	}
+}
+
+// equalEnds refuses what charon as responder cannot tell apart. It takes the first
+// connection that has the addresses and identities of both ends, whatever the
+// children, and in it the child whose selectors fit best, whatever its mode and marks.
+// One that is never taken would be keyed under another one's policy and name.
+func (r *reader) equalEnds(list []Connection) {
+	type ends struct {
+		local, remote     netip.Addr
+		localID, remoteID string
+	}
+	seen := map[ends]string{}
+	for i, c := range list {
+		if e := (ends{c.LocalAddr, c.RemoteAddr, strings.ToLower(c.LocalID), strings.ToLower(c.RemoteID)}); e.local.IsValid() && e.remote.IsValid() && e.localID != "" && e.remoteID != "" {
+			if first, ok := seen[e]; ok {
+				r.fault(fmt.Sprintf("ipsec.connection[%d].remote_id", i), "addresses and identities of both ends are those of connection %q: charon would take that one for what the peer begins; make the children those of one connection, or give one of the ends an identity for each", first)
+			} else {
+				seen[e] = c.Name
+			}
+		}
+		for k, ch := range c.Children {
+			j := slices.IndexFunc(c.Children[:k], func(o Child) bool {
+				return samePrefixes(o.LocalTS, ch.LocalTS) && samePrefixes(o.RemoteTS, ch.RemoteTS)
+			})
+			if j >= 0 && len(ch.LocalTS) > 0 && len(ch.RemoteTS) > 0 {
+				r.fault(fmt.Sprintf("ipsec.connection[%d].child[%d].remote_ts", i, k), "local_ts and remote_ts are those of child %q, and charon tells children by nothing else when the peer begins", c.Children[j].Name)
+			}
+		}
+	}
+}
+
+// samePrefixes compares without regard to the order.
+func samePrefixes(a, b []netip.Prefix) bool {
+	missing := func(from []netip.Prefix) func(netip.Prefix) bool {
+		return func(p netip.Prefix) bool { return !slices.Contains(from, p) }
+	}
+	return !slices.ContainsFunc(a, missing(b)) && !slices.ContainsFunc(b, missing(a))
 }
 
 // sharedTraffic refuses a connection that may run without a quantum key and
@@ -221,6 +259,9 @@ func (r *reader) connection(at string, raw *rawConnection, children map[string]s
 	}
 	if c.ReauthTime > 0 && c.ReauthTime < minReauth {
 		r.fault(at+"reauth_time", "%v: want at least %v, because each takes the tunnel down for a moment; 0s is never", c.ReauthTime, minReauth)
+	}
+	if c.DPDDelay > 0 && c.DPDDelay < time.Second {
+		r.fault(at+"dpd_delay", "%v: charon counts whole seconds; 0s is never", c.DPDDelay)
 	}
 	if len(raw.Child) == 0 {
 		r.fault(at+"child", "is missing: a connection protects nothing without one")

@@ -77,7 +77,7 @@ type Connection struct {
 	Unique                  string        // no (default), never, keep, replace
 	IKERekeyTime            time.Duration // 4 h
 	ReauthTime              time.Duration // of the IKE_SA; zero: never
-	DPDDelay                time.Duration // 30 s
+	DPDDelay                time.Duration // of silence before the peer is asked; zero: never
 	Encap, MOBIKE           bool
 	Children                []Child
 
@@ -121,7 +121,6 @@ var (
 
 const (
 	defaultIKERekey = 4 * time.Hour
-	defaultDPD      = 30 * time.Second
 	defaultRekey    = time.Hour
 	minKeyAge       = 10 * time.Second
 
@@ -181,8 +180,8 @@ func (c Connection) Validate() error {
 			bad("local_sae and peer_sae are the same")
 		}
 	}
-	if c.ReauthTime < 0 {
-		bad("reauthentication time %s is negative", c.ReauthTime)
+	if c.ReauthTime < 0 || c.DPDDelay < 0 {
+		bad("reauthentication time %s or DPD delay %s is negative", c.ReauthTime, c.DPDDelay)
 	}
 	if c.MaxKeyAge < 0 || c.MaxKeyAge > 0 && c.MaxKeyAge < minKeyAge {
 		bad("max_key_age %s is below %s", c.MaxKeyAge, minKeyAge)

@@ -55,9 +55,11 @@ func TestChildFaults(t *testing.T) {
 			}
 		}
 	}
-	conn := connection("a", "b")
-	conn.ReauthTime = -1
-	if err := conn.Validate(); err == nil || !strings.Contains(err.Error(), "reauthentication") {
-		t.Errorf("%v", err)
+	for _, spoil := range []func(*Connection){func(c *Connection) { c.ReauthTime = -1 }, func(c *Connection) { c.DPDDelay = -1 }} {
+		conn := connection("a", "b")
+		spoil(&conn)
+		if err := conn.Validate(); err == nil || !strings.Contains(err.Error(), "is negative") {
+			t.Errorf("%v", err)
+		}
 	}
 }

@@ -66,9 +66,6 @@ func viciConn(c Connection) (vici.Conn, error) {
 	if v.RekeyTime == 0 {
 		v.RekeyTime = defaultIKERekey
 	}
-	if v.DPDDelay == 0 {
-		v.DPDDelay = defaultDPD
-	}
 	for path, to := range map[string]*[][]byte{
 		c.LocalCert: &v.Local.Certs, c.RemoteCert: &v.Remote.Certs, c.RemoteCA: &v.Remote.CACerts,
 	} {

@@ -227,7 +227,7 @@ func TestManagerLife(t *testing.T) {
 	}
 	conn := s.charon.Conns["link"]
 	for path, want := range map[string]string{
-		"local id": "a.example", "remote id": "b.example", "local auth": "pubkey", "unique": "", "dpd_delay": "30", "rekey_time": "14400",
+		"local id": "a.example", "remote id": "b.example", "local auth": "pubkey", "unique": "", "dpd_delay": "0", "rekey_time": "14400",
 		"children net rekey_time": "2880", "children net life_time": "3600", "children net start_action": "none", "children net mode": "tunnel",
 	} {
 		if got := conn.Text(strings.Fields(path)...); got != want {

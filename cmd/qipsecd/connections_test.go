@@ -23,6 +23,7 @@ func TestConnections(t *testing.T) {
 		{"# max_key_bytes = 0", "max_key_bytes = 5000"},
 		{"# max_key_packets = 0", "max_key_packets = 4000"},
 		{`# reauth_time = "0s"`, `reauth_time = "1m"`},
+		{`# dpd_delay = "30s"`, `dpd_delay = "0s"`},
 		{`start = "now"`, `start = "trap"`},
 		{"# rekey_bytes = 0", "rekey_bytes = 50"},
 		{"# rekey_packets = 0", "rekey_packets = 40"},
@@ -47,7 +48,7 @@ func TestConnections(t *testing.T) {
 	}
 	list := connections(n.IPsec)
 	c, from := list[0], n.IPsec.Connection[0].Children[0]
-	if err := c.Validate(); err != nil || c.MaxKeyBytes != 5000 || c.MaxKeyPackets != 4000 || c.ReauthTime != time.Minute {
+	if err := c.Validate(); err != nil || c.MaxKeyBytes != 5000 || c.MaxKeyPackets != 4000 || c.ReauthTime != time.Minute || c.DPDDelay != 0 {
 		t.Errorf("%+v, %v", c, err)
 	}
 	want := ike.Child{
