@@ -43,6 +43,27 @@ func TestChildLimits(t *testing.T) {
 	}
 }
 
+// What charon gets is that policy, not the configuration's word alone.
+func TestLoadAppliesUnique(t *testing.T) {
+	s := newSite(t, func(_ *site, c []Connection) []Connection {
+		second, keep, other := c[0], c[0], c[0]
+		second.Name, keep.Name, keep.Unique = "second", "keep", "keep"
+		other.Name, other.RemoteID = "other", "c.example"
+		return append(c, second, keep, other)
+	})
+	s.hello("5.9.8")
+	s.run()
+	for name, want := range map[string]string{"link": "never", "second": "never", "keep": "keep", "other": ""} {
+		eventually(t, name+" loaded", func() bool { return s.loaded(name) })
+		s.charon.Lock()
+		got := s.charon.Conns[name].Text("unique")
+		s.charon.Unlock()
+		if got != want {
+			t.Errorf("%s: unique = %q, want %q", name, got, want)
+		}
+	}
+}
+
 // One IKE_SA's INITIAL_CONTACT must not end those of other connections between the
 // same two identities.
 func TestUnique(t *testing.T) {
