@@ -148,6 +148,35 @@ configure() {
     rm -rf -- "$1/build"
 }
 
+# sa_fields: adds to flags a QI_SA_<field> for each field of charon's SAs that not
+# every version has. A field that the plugin does not know would be lost on the way
+# to the kernel, so it is refused here.
+sa_fields() {
+    local field
+    local -a fields
+    mapfile -t fields < <(awk '
+        /^struct kernel_ipsec_(sa_id|add_sa|update_sa|query_sa)_t \{/ { struct = $2; sub(/^kernel_ipsec_/, "", struct) }
+        /^\}/ { struct = "" }
+        struct && /;$/ { sub(/;$/, ""); sub(/.*[ *]/, ""); print struct "." $0 }
+        ' "$src/src/libcharon/kernel/kernel_ipsec.h")
+    [ "${#fields[@]}" -gt 30 ] || die "cannot read the fields of an SA in $src"
+    for field in "${fields[@]}"; do
+        case $field in
+        sa_id_t.src | sa_id_t.dst | sa_id_t.spi | sa_id_t.proto | sa_id_t.mark | sa_id_t.if_id) ;;
+        add_sa_t.reqid | add_sa_t.mode | add_sa_t.src_ts | add_sa_t.dst_ts | add_sa_t.interface | add_sa_t.lifetime) ;;
+        add_sa_t.enc_alg | add_sa_t.enc_key | add_sa_t.int_alg | add_sa_t.int_key | add_sa_t.replay_window) ;;
+        add_sa_t.tfc | add_sa_t.ipcomp | add_sa_t.cpi | add_sa_t.encap | add_sa_t.hw_offload | add_sa_t.mark) ;;
+        add_sa_t.label | add_sa_t.esn | add_sa_t.copy_df | add_sa_t.copy_ecn | add_sa_t.copy_dscp) ;;
+        add_sa_t.initiator | add_sa_t.inbound | add_sa_t.update) ;;
+        update_sa_t.cpi | update_sa_t.new_src | update_sa_t.new_dst | update_sa_t.encap | update_sa_t.new_encap) ;;
+        update_sa_t.new_reqid | query_sa_t.cpi) ;;
+        add_sa_t.seq | add_sa_t.cpu | add_sa_t.iptfs_dont_frag | add_sa_t.forward_icmp)
+            flags+=("-DQI_SA_${field#*.}") ;;
+        *) die "this strongSwan's kernel_ipsec_$field is new to the plugin: see ike/charon/qipsec_fields.c" ;;
+        esac
+    done
+}
+
 # compiler_flags: sets flags, for the headers of the tree and the installed build.
 compiler_flags() {
     flags=(-O2 -g -fPIC -std=gnu11 -fvisibility=hidden -fstack-protector-strong
@@ -159,6 +188,7 @@ compiler_flags() {
     local symbols
     symbols=$(nm -D --defined-only "$libdir/libcharon.so.0") || die "cannot read $libdir/libcharon.so.0"
     if grep -q ' connect_manager_create$' <<<"$symbols"; then flags+=(-DME); fi
+    sa_fields
     # shellcheck disable=SC2206
     flags+=(${CHARON_PLUGIN_DEFINES:-})
 }

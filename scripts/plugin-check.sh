@@ -5,7 +5,8 @@
 #
 # For each source tree of strongSwan, by default that of the installed version:
 # the plugin compiles without a warning, by gcc and by clang, with mediation and
-# without, and clang's analyser finds nothing. Then testenv/plugin-asan runs the
+# without, clang's analyser finds nothing, and what that version's SAs may ask for
+# beyond the protocol with qipsecd is refused. Then testenv/plugin-asan runs the
 # plugin under AddressSanitizer, LeakSanitizer and UBSan, always with the installed
 # version, whose source STRONGSWAN_SRC may name. Every check is a line "ok - ..."
 # or "not ok - ...". A tree out of git needs autoconf, automake, libtool and gperf.
@@ -37,7 +38,7 @@ read_flags() {
 compiles() {
     local cc me file rc=0
     for me in -DME -UME; do
-        for file in ike/charon/*.c testenv/plugin-asan/*.c; do
+        for file in ike/charon/*.c testenv/plugin-asan/*.c testenv/plugin-asan/fields/*.c; do
             for cc in gcc clang; do
                 "$cc" "${flags[@]}" "$me" -c -o "$tmp/object" "$file" || rc=1
             done
@@ -55,6 +56,26 @@ analyse() {
         clang --analyze --analyzer-output text -Xclang -analyzer-werror \
             "${flags[@]/#-isystem/-I}" -w -o "$tmp/report" "$file" || rc=1
     done
+    return "$rc"
+}
+
+# fields: testenv/plugin-asan/fields by the flags of one tree, no library needed; and
+# a tree whose SAs have one field more gets no plugin.
+fields() {
+    local header tree=$tmp/tree rc=0
+    gcc "${flags[@]}" -o "$tmp/fields" ike/charon/qipsec_fields.c testenv/plugin-asan/fields/main.c || return 1
+    "$tmp/fields" || rc=1
+    header=$(sed -n '/^-isystem$/{n;/libcharon$/p}' "$tmp/flags")
+    rm -rf -- "$tree"
+    mkdir -p "$tree/src/libcharon/kernel"
+    touch "$tree/config.h" "$tree/src/libcharon/daemon.h"
+    sed '/^struct kernel_ipsec_add_sa_t {/a\\tbool new_field;' "$header/kernel/kernel_ipsec.h" \
+        >"$tree/src/libcharon/kernel/kernel_ipsec.h"
+    if STRONGSWAN_SRC=$tree scripts/charon-plugin.sh --flags >"$tmp/out" 2>&1; then
+        echo "a field that the plugin does not know is not refused"
+        rc=1
+    fi
+    grep -q 'add_sa_t.new_field is new to the plugin' "$tmp/out" || { cat "$tmp/out"; rc=1; }
     return "$rc"
 }
 
@@ -99,6 +120,9 @@ for tree in "$@"; do
     rc=0
     analyse || rc=1
     result "$rc" "clang's analyser finds nothing in the plugin for strongSwan $version"
+    rc=0
+    fields || rc=1
+    result "$rc" "the plugin knows every field of an SA of strongSwan $version"
 done
 
 read_flags || die "the source of the installed strongSwan is not to be had"

@@ -22,6 +22,7 @@
  *   qipsec_ike.c       messages of IKE_SAs: notifies, and what is kept of them
  *   qipsec_keymat.c    Key-ID in Ni, derive_child_keys and its token
  *   qipsec_kernel.c    add_sa, query_sa, update_sa
+ *   qipsec_fields.c    what an SA may ask for that ADD does not carry
  *   qipsec_state.c     what is kept of each IKE_SA
  *   qipsec_socket.c    frames, calls with their limits, standing connection
  *   qipsec_settings.c  settings, and whether this charon can be worked with
@@ -132,6 +133,10 @@ void qi_ike_stop(void);
 
 void qi_kernel_start(void);
 void qi_kernel_stop(void);
+
+/** Why an SA may not be installed: a feature of newer versions that ADD has no TLV
+ *  for. NULL: it may. */
+const char *qi_not_carried(kernel_ipsec_add_sa_t *data);
 
 /**
  * Announces the two tokens of a CHILD_SA to the add_sa hook, which takes each

@@ -369,13 +369,7 @@ static status_t add_sa(kernel_interface_t *this, kernel_ipsec_sa_id_t *id,
 	{
 		return this_kernel.stock.add_sa(this, id, data);
 	}
-	why = take(data);
-#ifdef CPU_ID_MAX
-	if (!why && data->cpu != CPU_ID_MAX)
-	{
-		why = "it is one of several SAs per CPU";
-	}
-#endif
+	why = take(data) ?: qi_not_carried(data);
 	if (why)
 	{
 		DBG1(DBG_KNL, "qipsec: connection '%s': SA %.8x refused: %s",

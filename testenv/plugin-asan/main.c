@@ -611,6 +611,15 @@ static void tokens(void)
 	turn(sa, TRUE);
 	check(!add(sa) && world_logged("other SA of its CHILD_SA failed"),
 		  "the second SA after that");
+#ifdef QI_SA_cpu
+	reset();
+	sa->data.cpu = 0;
+	turn(sa, FALSE);
+	check(expect_sa(sa) && !add(sa) && world_logged("per CPU") &&
+		  !peer_count(QI_ADD_SA), "an SA per CPU");
+	turn(sa, TRUE);
+	check(!add(sa), "the other one of that CPU");
+#endif
 	sa_destroy(sa);
 	reset();
 	sa = sa_create(32, 32, "10.0.0.0/8", 1);
