@@ -163,17 +163,18 @@ agree() {
 }
 agree_both() { await 10 agree a && await 10 agree b; }
 
-# ping_start NAME ARGS... / ping_end NAME: from ha to hb; sets sent and lost.
+# ping_start NAME ARGS... / ping_end NAME: from ha to hb, or $ping_to; sets sent and lost.
+declare -A ping_of=()
 ping_start() {
     local name=$1
     shift
     # its own process, not a function's subshell: SIGINT must reach ping itself
-    nsenter --net=/run/netns/ha ping -q -W 2 "$@" 10.2.0.2 >"$GW/a/log/$name.log" &
-    ping=$!
+    nsenter --net=/run/netns/ha ping -q -W 2 "$@" "${ping_to:-10.2.0.2}" >"$GW/a/log/ping-$name.log" &
+    ping_of[$name]=$!
 }
 ping_end() {
-    kill -INT "$ping"
-    wait "$ping"
-    sent=$(awk '/packets transmitted/ { print $1 }' "$GW/a/log/$1.log")
-    lost=$(awk '/packets transmitted/ { print $1 - $4 }' "$GW/a/log/$1.log")
+    kill -INT "${ping_of[$1]}"
+    wait "${ping_of[$1]}"
+    sent=$(awk '/packets transmitted/ { print $1 }' "$GW/a/log/ping-$1.log")
+    lost=$(awk '/packets transmitted/ { print $1 - $4 }' "$GW/a/log/ping-$1.log")
 }
