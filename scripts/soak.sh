@@ -6,12 +6,14 @@
 #   kill9       two nodes under load, one or both killed 1,000 times (testenv/twonodes)
 #   full-speed  two nodes issue keys at full speed at once for 5 minutes
 #   rekeys      1,000 CHILD_SA rekeys under ping (testenv/rekeys.sh)
-#   matrix      every cell of testenv/matrix.sh; writes docs/fail-closed.md
+#   matrix      every cell of testenv/matrix.sh, under each policy; writes docs/fail-closed.md
 #   suites      every type of SA beside charon's own (testenv/suites.sh)
 #   restarts    every restart of testenv/restarts.sh
 #   ike         every part of testenv/ike.sh, with 100 connections in one gateway
-#   late        every step of the plugin's socket cut, late, lost and repeated, and 40
-#               rekeys while either qipsecd is stopped again and again (testenv/late.sh)
+#   supply      rekeyings that follow the supply of keys (testenv/supply.sh)
+#   late        every step of the plugin's socket cut, late, lost and repeated, within
+#               2 s for a CHILD_SA, and 40 rekeys while either qipsecd is stopped again
+#               and again (testenv/late.sh)
 #   fuzz        every fuzz target for 30 s
 #
 # COUNT overrides the counts of kill9 and rekeys and the seconds of full-speed.
@@ -27,7 +29,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-all="kill9 full-speed rekeys matrix suites restarts ike late fuzz"
+all="kill9 full-speed rekeys matrix suites restarts ike supply late fuzz"
 out=out/soak
 end=$((SECONDS + 90 * 60))
 seed=${SEED:-$((RANDOM * 32768 + RANDOM + 1))}
@@ -124,15 +126,15 @@ scenario() {
     note="checks"
 }
 
-# part_matrix: both policies at once, each on a machine of its own.
+# part_matrix: all policies at once, each on a machine of its own.
 part_matrix() {
-    local policy rows=("$out"/matrix-{required,optional}/matrix.tsv) good=1
-    for policy in required optional; do
-        (POLICY=$policy ALL=1 TESTENV_PASS="ALL POLICY" scenario 2700 "matrix-$policy" testenv/run testenv/matrix.sh) &
+    local policy rows=("$out"/matrix-{required,optional,off}/matrix.tsv) good=1
+    for policy in required optional off; do
+        (POLICY=$policy ALL=1 TESTENV_PASS="ALL POLICY" scenario 3600 "matrix-$policy" testenv/run testenv/matrix.sh) &
     done
-    for _ in 1 2; do wait -n || good=0; done
+    for _ in 1 2 3; do wait -n || good=0; done
     [ "$good" = 1 ] || return
-    count=$(cat "$out"/matrix-{required,optional}.log | grep -c '^ok - ')
+    count=$(cat "$out"/matrix-{required,optional,off}.log | grep -c '^ok - ')
     wanted=$count
     seed_used=null
     note="checks in $(cat "${rows[@]}" | wc -l) cells"
@@ -142,6 +144,7 @@ part_matrix() {
 part_suites() { TESTENV_MEM=1G scenario 600 suites testenv/run testenv/suites.sh; }
 part_restarts() { ALL=1 TESTENV_PASS=ALL scenario 1500 restarts testenv/run testenv/restarts.sh; }
 part_ike() { COUNT=100 TESTENV_MEM=1G scenario 1800 ike testenv/run testenv/ike.sh; }
+part_supply() { scenario 300 supply testenv/run testenv/supply.sh; }
 
 part_late() {
     ALL=1 COUNT=40 TESTENV_PASS=ALL scenario 2400 late testenv/run testenv/late.sh || return

@@ -14,6 +14,7 @@ exec bin/testrun -out out/test -parallel 3 \
     "testenv/run testenv/ike.sh children reauth" \
     "env ROUNDS=1 TESTENV_PASS=ROUNDS testenv/run testenv/udp-rekeys.sh" \
     "testenv/run testenv/nat.sh" \
+    "testenv/run testenv/supply.sh" \
     "testenv/run testenv/suites.sh aes256gcm16 chacha20poly1305 aes256-sha256 esn-window-4096 v6 both-in-v6 transport transport-v6 encap marks if-id copy-dscp-in age-bytes-packets" \
     "testenv/run testenv/demo.sh" \
     "testenv/run testenv/netns.sh" \
