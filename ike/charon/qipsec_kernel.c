@@ -11,7 +11,8 @@
 
 /** Largest token of one SA (encryption and integrity key), in bytes. */
 #define MAX_TOKEN 256
-/** Both add_sa follow derive_child_keys in the same thread; in s. */
+/** After this a token that no add_sa has shown is forgotten, in s. qipsecd honours
+ *  it for less: both add_sa follow derive_child_keys in the same thread. */
 #define TOKEN_TTL 10
 /** CHILD_SAs between derive_child_keys and add_sa: fewer than threads. */
 #define MAX_EXPECTED 256
