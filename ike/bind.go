@@ -71,10 +71,8 @@ func (b *Broker) Bind(ctx context.Context, m plugin.Bind) (plugin.BindAnswer, er
 		return plugin.BindAnswer{}, b.refusal("BIND", m.Connection, err)
 	}
 	if fallback != "" {
-		report(b.log, b.events, Event{
-			Severity: Alarm, Code: EventFallback, Connection: cs.Name,
-			Text: fmt.Sprintf("connection %q falls back to IKE's own keys: %s", cs.Name, fallback),
-		})
+		// The alarm comes with the CHILD_SA, once for as long as that lasts.
+		b.log.Warn("no quantum key for this CHILD_SA", "event", EventFallback, "connection", cs.Name, "cause", fallback)
 	}
 	return answer, nil
 }

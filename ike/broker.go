@@ -137,9 +137,10 @@ type connState struct {
 	noKey    string // why the last GetKey gave none
 	cause    string // last refusal
 	causeAt  time.Time
-	next     string // the step that follows from cause, if it is a special one
-	fallback string // why the newest CHILD_SA has no quantum key; empty if it has
-	mute     bool   // and its peer does not announce Q-IPsec: no rekeying gives it one
+	next     string    // the step that follows from cause, if it is a special one
+	fallback string    // why the newest CHILD_SA has no quantum key; empty if it has
+	fell     time.Time // since when it runs without one, as reported; zero: it does not
+	mute     bool      // and its peer does not announce Q-IPsec: no rekeying gives it one
 
 	quietUntil time.Time // no report of an ignored answer before
 }

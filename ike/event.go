@@ -26,7 +26,8 @@ func (s Severity) String() string {
 	return "unknown"
 }
 
-// Codes of the events of this package; append only.
+// Codes of the events of this package; append only. Each change is one event, when
+// it begins, and where it lasts another one of severity Run when it is over.
 const (
 	EventFallback    = "ipsec-fallback"     // optional connection runs without a quantum key
 	EventRefused     = "ipsec-refused"      // a CHILD_SA was refused
@@ -39,7 +40,32 @@ const (
 	EventLoadFailed  = "ipsec-load-failed"  // connection could not be loaded
 	EventKeyUnusable = "ipsec-key-unusable" // a key was supplied that the policy does not allow
 	EventIgnored     = "ipsec-ignored"      // an IKE_SA_INIT answer without Q-IPsec was ignored
+	EventSupply      = "ipsec-supply"       // a pool affords its rekeyings no more, or again
+	EventLoaded      = "ipsec-loaded"       // what kept a connection out of charon is over
+	EventRekeyed     = "ipsec-rekeyed"      // a CHILD_SA was replaced
+	EventMoved       = "ipsec-moved"        // an IKE_SA has other addresses or ports
+	EventCommand     = "ipsec-command"      // the operator's command
 )
+
+// actions are what is done about an event, by its code and severity.
+var actions = map[string]map[Severity]string{
+	EventFallback:    {Alarm: "rekeyed as soon as there is a quantum key", Run: "none needed"},
+	EventRefused:     {Fault: "nothing was installed"},
+	EventPlugin:      {Alarm: "taken out of charon with its SAs until the plugin is right"},
+	EventCharon:      {Fault: "SAs stay as they are; tried again until charon answers", Run: "connections are loaded and SAs compared"},
+	EventForeignSA:   {Alarm: "terminated"},
+	EventUp:          {Run: "none needed"},
+	EventDown:        {Fault: "children that start now are initiated again", Run: "stays down, as it was told to"},
+	EventMissingSA:   {Alarm: "terminated"},
+	EventLoadFailed:  {Alarm: "tried again every second"},
+	EventKeyUnusable: {Alarm: "key wiped"},
+	EventIgnored:     {Fault: "answer ignored; charon goes on waiting for another one"},
+	EventSupply:      {Alarm: "rekeyings wait for the hard limit", Run: "rekeyings as the policy says and the pool affords"},
+	EventLoaded:      {Run: "children that start now are initiated"},
+	EventRekeyed:     {Run: "none needed"},
+	EventMoved:       {Run: "SAs moved; rekeyed where that cost their sequence"},
+	EventCommand:     {Run: "done, or the command has failed with its cause"},
+}
 
 // Event is what happened, for alarms and the audit trail. Text names no secret.
 type Event struct {
@@ -47,6 +73,7 @@ type Event struct {
 	Code       string
 	Connection string // empty: concerns all
 	Text       string
+	Action     string // what is done about it; set by report
 }
 
 // eventSink takes events. It must not block.
@@ -56,6 +83,7 @@ type eventSink interface {
 
 // report logs e in one line and hands it to the sink.
 func report(log *slog.Logger, sink eventSink, e Event) {
+	e.Action = actions[e.Code][e.Severity]
 	write := log.Info
 	if e.Severity != Run {
 		write = log.Warn

@@ -207,17 +207,66 @@ func (b *Broker) Commit(ctx context.Context, id plugin.SAID) error {
 		return fmt.Errorf("commit SPI %08x: %w", id.SPI, err)
 	}
 	b.mu.Lock()
-	defer b.mu.Unlock()
 	rec := b.installed[keyOf(sid)]
 	if rec == nil {
+		b.mu.Unlock()
 		return fmt.Errorf("commit SPI %08x: not an SA of this broker", id.SPI)
 	}
 	rec.committed = true
 	rec.e.up[rec.dir] = true
-	if rec.e.up[0] && rec.e.up[1] {
+	whole := rec.e.up[0] && rec.e.up[1]
+	if whole {
 		b.complete(rec.e)
 	}
+	b.mu.Unlock()
+	if whole && rec.e.fallback != "" {
+		b.fellBack(rec.e.conn.Name, rec.e.fallback)
+	}
 	return nil
+}
+
+// fellBack raises the alarm that a connection runs without a quantum key, unless
+// that is known.
+func (b *Broker) fellBack(name, cause string) {
+	b.mu.Lock()
+	cs := b.conns[name]
+	known := !cs.fell.IsZero()
+	cs.fell = b.now()
+	b.mu.Unlock()
+	if !known {
+		report(b.log, b.events, Event{
+			Severity: Alarm, Code: EventFallback, Connection: name,
+			Text: fmt.Sprintf("connection %q falls back to IKE's own keys: %s", name, cause),
+		})
+	}
+}
+
+// keyed says that at that time no CHILD_SA of a connection was without a quantum
+// key: up tells whether there was one at all.
+func (b *Broker) keyed(name string, at time.Time, up bool) {
+	b.mu.Lock()
+	cs := b.conns[name]
+	over := !cs.fell.IsZero() && cs.fell.Before(at)
+	if over {
+		cs.fell = time.Time{}
+	}
+	b.mu.Unlock()
+	if over && up {
+		report(b.log, b.events, Event{
+			Severity: Run, Code: EventFallback, Connection: name,
+			Text: fmt.Sprintf("connection %q is keyed with quantum keys again", name),
+		})
+	}
+}
+
+// keyID gives the Key-ID of an SA that this Broker installed; zero without one.
+func (b *Broker) keyID(id sad.ID) key.ID {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if rec := b.installed[keyOf(id)]; rec != nil {
+		return rec.e.keyID
+	}
+	return key.ID{}
 }
 
 // complete notes a CHILD_SA with both SAs in the SAD; b.mu is held.

@@ -68,9 +68,11 @@ type Manager struct {
 	pacer *pacer
 
 	mu    sync.Mutex
-	link  *link           // to the running charon; nil without one
-	cause string          // why there is none
-	held  map[string]bool // taken down by the operator: not initiated again
+	link  *link             // to the running charon; nil without one
+	cause string            // why there is none
+	gone  bool              // and that was reported
+	held  map[string]bool   // taken down by the operator: not initiated again
+	out   map[string]string // why a connection is not in charon, as reported
 	view  map[string]*connView
 	at    time.Time     // of the view
 	seen  chan struct{} // closed when the view is replaced
@@ -124,7 +126,7 @@ func NewManager(o ManagerOptions) (*Manager, error) {
 	}
 	m := &Manager{
 		o: o, t: defaultTiming, log: o.Log, kick: make(chan struct{}, 1),
-		held: map[string]bool{}, view: map[string]*connView{}, cause: "not connected yet", seen: make(chan struct{}),
+		held: map[string]bool{}, out: map[string]string{}, view: map[string]*connView{}, cause: "not connected yet", seen: make(chan struct{}),
 		pacer: newPacer(o.RekeyReserve),
 	}
 	for _, c := range o.Connections {
@@ -146,9 +148,12 @@ func (m *Manager) Run(ctx context.Context) error {
 	for {
 		began := time.Now()
 		err := m.session(ctx)
-		m.disconnected(err)
 		if ctx.Err() != nil {
+			m.disconnected(errors.New("stopped"))
 			return nil
+		}
+		if m.disconnected(err) {
+			report(m.log, m.o.Events, Event{Severity: Fault, Code: EventCharon, Text: "no charon: " + err.Error()})
 		}
 		if time.Since(began) > m.t.redialMax {
 			wait = m.t.redialMin
@@ -162,25 +167,18 @@ func (m *Manager) Run(ctx context.Context) error {
 	}
 }
 
-// disconnected notes that there is no charon, and says so once per cause.
-func (m *Manager) disconnected(err error) {
+// disconnected notes that there is no charon, and tells whether that is new. What
+// was up is remembered until charon says what it still has.
+func (m *Manager) disconnected(err error) (fresh bool) {
 	m.mu.Lock()
-	was := m.cause
-	m.link = nil
-	if err == nil {
-		err = errors.New("stopped")
-	}
-	m.cause = err.Error()
-	same := was == m.cause
-	m.at = time.Time{}
-	for _, v := range m.view {
-		*v = connView{}
+	defer m.mu.Unlock()
+	fresh = !m.gone
+	m.gone, m.link, m.cause, m.at = true, nil, err.Error(), time.Time{}
+	for name, v := range m.view {
+		m.view[name] = &connView{up: v.up, since: v.since}
 	}
 	m.replaced()
-	m.mu.Unlock()
-	if !same {
-		report(m.log, m.o.Events, Event{Severity: Fault, Code: EventCharon, Text: "no charon: " + err.Error()})
-	}
+	return fresh
 }
 
 // session serves one running charon; it returns when that is gone (an error)
@@ -201,11 +199,11 @@ func (m *Manager) session(ctx context.Context) error {
 	if l.plugins, err = client.Plugins(ctx); err != nil {
 		return err
 	}
-	m.log.Info("charon connected", "strongswan", l.version)
 	m.mu.Lock()
-	m.link, m.cause = l, ""
+	m.link, m.cause, m.gone = l, "", false
 	l.blocked = errors.New("waiting for the qipsec plugin to say hello")
 	m.mu.Unlock()
+	report(m.log, m.o.Events, Event{Severity: Run, Code: EventCharon, Text: fmt.Sprintf("charon of strongSwan %s answers", l.version)})
 	err = m.serve(ctx, l)
 	if ctx.Err() != nil {
 		m.stop(ctx, l)
@@ -310,8 +308,13 @@ func (m *Manager) settle(ctx context.Context, l *link) error {
 		m.mu.Lock()
 		l.loaded[c.Name] = true
 		delete(l.faults, c.Name)
+		was := m.out[c.Name]
+		delete(m.out, c.Name)
 		m.mu.Unlock()
 		m.log.Info("connection loaded", "connection", c.Name, "policy", c.Policy.String())
+		if was != "" {
+			report(m.log, m.o.Events, Event{Severity: Run, Code: EventLoaded, Connection: c.Name, Text: fmt.Sprintf("connection %q is loaded; over is: %s", c.Name, was)})
+		}
 	}
 	return nil
 }
@@ -345,11 +348,22 @@ func (m *Manager) setBlocked(ctx context.Context, l *link, cause error) {
 		if c.Policy != Required {
 			continue
 		}
-		report(m.log, m.o.Events, Event{
-			Severity: Alarm, Code: EventPlugin, Connection: c.Name,
-			Text: fmt.Sprintf("connection %q is blocked: %v", c.Name, cause),
-		})
+		m.keptOut(EventPlugin, c.Name, "is blocked", cause)
 		m.takeOut(ctx, l, c.Name)
+	}
+}
+
+// keptOut raises the alarm that a connection is not in charon, once per cause.
+func (m *Manager) keptOut(code, name, what string, cause error) {
+	m.mu.Lock()
+	same := m.out[name] == cause.Error()
+	m.out[name] = cause.Error()
+	m.mu.Unlock()
+	if !same {
+		report(m.log, m.o.Events, Event{
+			Severity: Alarm, Code: code, Connection: name,
+			Text: fmt.Sprintf("connection %q %s: %v", name, what, cause),
+		})
 	}
 }
 
@@ -363,30 +377,38 @@ func (m *Manager) takeOut(ctx context.Context, l *link, name string) {
 	m.mu.Unlock()
 }
 
-// fault notes why a connection is not loaded, and says so once per cause; fresh
-// tells that it did.
+// fault notes why a connection is not loaded; fresh tells that it was not known of
+// this charon.
 func (m *Manager) fault(l *link, name string, err error) (fresh bool) {
 	m.mu.Lock()
-	same := l.faults[name] == err.Error()
+	fresh = l.faults[name] != err.Error()
 	l.faults[name] = err.Error()
 	m.mu.Unlock()
-	if !same {
-		report(m.log, m.o.Events, Event{
-			Severity: Alarm, Code: EventLoadFailed, Connection: name,
-			Text: fmt.Sprintf("connection %q not loaded: %v", name, err),
-		})
-	}
-	return !same
+	m.keptOut(EventLoadFailed, name, "not loaded", err)
+	return fresh
 }
 
-// heard logs what charon reported.
+// heard logs what charon reported. What came up or went down the next look tells, a
+// rekeying only this.
 func (m *Manager) heard(e vici.Event) {
 	if m.config(e.IKE.Conn) == nil {
 		return
 	}
+	if e.Kind == vici.ChildRekeyed {
+		in, _ := childIDs(e.IKE, e.Child)
+		with := "without a quantum key of ours"
+		if id := m.o.Broker.keyID(in); !id.IsZero() {
+			with = "with Key-ID " + id.String()
+		}
+		report(m.log, m.o.Events, Event{
+			Severity: Run, Code: EventRekeyed, Connection: e.IKE.Conn,
+			Text: fmt.Sprintf("connection %q, child %s: rekeyed %s, SPIs %08x in, %08x out", e.IKE.Conn, e.Child.Name, with, e.Child.SPIIn, e.Child.SPIOut),
+		})
+		return
+	}
 	word := map[vici.Kind]string{
 		vici.IKEUp: "IKE_SA established", vici.IKEDown: "IKE_SA closed",
-		vici.ChildUp: "CHILD_SA established", vici.ChildDown: "CHILD_SA closed", vici.ChildRekeyed: "CHILD_SA rekeyed",
+		vici.ChildUp: "CHILD_SA established", vici.ChildDown: "CHILD_SA closed",
 	}[e.Kind]
 	m.log.Debug("charon: "+word, "connection", e.IKE.Conn, "child", e.Child.Name,
 		"spi_in", fmt.Sprintf("%08x", e.Child.SPIIn), "spi_out", fmt.Sprintf("%08x", e.Child.SPIOut))
@@ -431,4 +453,9 @@ func (m *Manager) stop(ctx context.Context, l *link) {
 		}
 	}
 	m.log.Info("connections taken out of charon", "count", len(m.o.Connections))
+	for _, c := range m.o.Connections {
+		if m.view[c.Name].up { // nobody else changes the view
+			report(m.log, m.o.Events, Event{Severity: Run, Code: EventDown, Connection: c.Name, Text: fmt.Sprintf("connection %q is taken down: qipsecd stops", c.Name)})
+		}
+	}
 }

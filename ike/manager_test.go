@@ -369,7 +369,8 @@ func TestManagerCommandSession(t *testing.T) {
 	s.run()
 	eventually(t, "up", s.is("link", StateUp))
 	s.charon.Cut()
-	eventually(t, "noticed", func() bool { return s.events.count(EventCharon) == 1 })
+	eventually(t, "noticed", func() bool { return s.events.count(EventCharon) == 3 }) // there, gone, there
+
 	eventually(t, "up again", s.is("link", StateUp))
 
 	s.charon.Lock()

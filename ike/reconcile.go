@@ -1,6 +1,7 @@
 package ike
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/netip"
@@ -182,18 +183,14 @@ func (m *Manager) update(ikes []vici.IKESA, states []sad.State, at time.Time) {
 	}
 	m.mu.Lock()
 	var changed []Event
-	for name, v := range fresh {
-		old := m.view[name]
+	views := m.view
+	for _, c := range m.o.Connections {
+		v, old := fresh[c.Name], m.view[c.Name]
 		v.since = old.since
-		if v.up == old.up {
-			continue
+		if v.up != old.up {
+			v.since = at
 		}
-		v.since = at
-		e := Event{Severity: Run, Code: EventUp, Connection: name, Text: fmt.Sprintf("connection %q is up", name)}
-		if !v.up {
-			e = Event{Severity: Fault, Code: EventDown, Connection: name, Text: fmt.Sprintf("connection %q is down", name)}
-		}
-		changed = append(changed, e)
+		changed = append(changed, changes(c.Name, old, v, m.held[c.Name])...)
 	}
 	m.view, m.at = fresh, at
 	m.replaced()
@@ -201,6 +198,40 @@ func (m *Manager) update(ikes []vici.IKESA, states []sad.State, at time.Time) {
 	for _, e := range changed {
 		report(m.log, m.o.Events, e)
 	}
+	for _, c := range m.o.Connections {
+		if c.Policy != Optional {
+			continue
+		}
+		switch v := fresh[c.Name]; {
+		case v.bare(views[c.Name]):
+			m.o.Broker.fellBack(c.Name, cmp.Or(m.o.Broker.note(c.Name).fallback, "charon keyed a CHILD_SA without qipsecd"))
+		case !v.classical():
+			m.o.Broker.keyed(c.Name, m.o.Broker.now().Add(-time.Since(at)), v.up)
+		}
+	}
+}
+
+// changes are the events of what differs between two views of a connection.
+func changes(name string, old, v *connView, held bool) (list []Event) {
+	say := func(s Severity, code, text string) {
+		list = append(list, Event{Severity: s, Code: code, Connection: name, Text: fmt.Sprintf("connection %q %s", name, text)})
+	}
+	switch {
+	case v.up && !old.up:
+		say(Run, EventUp, "is up")
+	case old.up && !v.up && held:
+		say(Run, EventDown, "is down: the operator took it down")
+	case old.up && !v.up:
+		say(Fault, EventDown, "is down")
+	}
+	for _, now := range v.ikes {
+		for _, was := range old.ikes {
+			if was.UniqueID == now.UniqueID && was.State == "ESTABLISHED" && now.State == "ESTABLISHED" && was.Ends() != now.Ends() {
+				say(Run, EventMoved, fmt.Sprintf("has moved: IKE_SA %d from %s to %s", now.UniqueID, was.Ends(), now.Ends()))
+			}
+		}
+	}
+	return list
 }
 
 // replaced tells those who wait for a new view; m.mu is held.

@@ -95,7 +95,7 @@ func (m *Manager) status(c Connection) Status {
 		if s.Cause = m.link.faults[c.Name]; c.Policy == Required && m.link.blocked != nil {
 			s.Cause = m.link.blocked.Error()
 		}
-	case v.up:
+	case v.up && !m.at.IsZero():
 		s.State = StateUp
 		if c.Policy == Optional && v.classical() {
 			s.State = StateFallback
@@ -118,6 +118,16 @@ func (m *Manager) status(c Connection) Status {
 // key.
 func (v *connView) classical() bool {
 	return slices.ContainsFunc(v.children, func(ch childView) bool { return ch.Carries() && ch.in.Mix == sad.MixClassical })
+}
+
+// bare is classical for sure: a CHILD_SA that the SAD does not know may be one that
+// went between the two lists, unless the view before showed it so, too.
+func (v *connView) bare(before *connView) bool {
+	return slices.ContainsFunc(v.children, func(ch childView) bool {
+		return v.fellBack(ch.UniqueID) || ch.Up() && ch.in.SPI == 0 && slices.ContainsFunc(before.children, func(b childView) bool {
+			return b.UniqueID == ch.UniqueID && b.in.SPI == 0
+		})
+	})
 }
 
 // fellBack reports whether the CHILD_SA of that unique id is one that qipsecd
@@ -312,6 +322,7 @@ func (m *Manager) Initiate(ctx context.Context, name string) error {
 		}
 	}
 	m.hold(name, false)
+	m.commanded(name, "be set up")
 	var errs []error
 	for _, ch := range c.Children {
 		if up[ch.Name] {
@@ -337,6 +348,7 @@ func (m *Manager) Rekey(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
+	m.commanded(name, "be rekeyed")
 	found := 0
 	for _, ike := range ikes {
 		if ike.Conn != name {
@@ -367,11 +379,17 @@ func (m *Manager) Terminate(ctx context.Context, name string) error {
 		return err
 	}
 	m.hold(name, true)
+	m.commanded(name, "be taken down and stay down")
 	m.log.Info("tunnel command", "connection", name, "terminate", true)
 	if err := l.client.TerminateConn(ctx, name, waitOf(ctx)); err != nil {
 		return fmt.Errorf("connection %q: %w", name, err)
 	}
 	return nil
+}
+
+// commanded reports the operator's command.
+func (m *Manager) commanded(name, what string) {
+	report(m.log, m.o.Events, Event{Severity: Run, Code: EventCommand, Connection: name, Text: fmt.Sprintf("the operator has connection %q %s", name, what)})
 }
 
 func (m *Manager) hold(name string, down bool) {

@@ -12,9 +12,6 @@ import (
 	"github.com/q-ipsec/q-ipsec/kms/key"
 )
 
-// EventSupply reports that a pool affords its rekeyings no more, or again.
-const EventSupply = "ipsec-supply"
-
 // Levels tells how many keys a KME has for one of our SAEs with another. It
 // returns by ctx's end.
 type Levels interface {

@@ -84,7 +84,7 @@ func (r *recorder) add(e operator.Event) {
 		about = who + ": " + e.Text
 	}
 	select {
-	case r.events <- store.LogEvent{Time: e.Time, Severity: store.Severity(e.Severity), Code: e.Code, Source: e.Source, Text: about}:
+	case r.events <- store.LogEvent{Time: e.Time, Severity: store.Severity(e.Severity), Code: e.Code, Source: e.Source, Text: about, Action: e.Action}:
 	default:
 		r.lost.Add(1)
 	}
@@ -133,9 +133,16 @@ const ikeSource = "ike"
 // ikeEvents takes the events of package ike, which logs them itself.
 type ikeEvents struct{ *recorder }
 
-// Event records.
+// Event records. A rekeying is kept in memory only: there are so many that they
+// would push everything else out of the store, whose usage history has their keys.
 func (r ikeEvents) Event(e ike.Event) {
-	r.add(operator.Event{Severity: e.Severity.String(), Code: e.Code, Source: ikeSource, Connection: e.Connection, Text: e.Text})
+	ev := operator.Event{Severity: e.Severity.String(), Code: e.Code, Source: ikeSource, Connection: e.Connection, Text: e.Text, Action: e.Action}
+	if e.Code == ike.EventRekeyed {
+		ev.Time = time.Now()
+		r.ring.Add(ev)
+		return
+	}
+	r.add(ev)
 }
 
 // supply takes the events of the KSA: rows of the usage history, and refusals.

@@ -58,7 +58,8 @@ func TestRecorderWritesAllBeforeItEnds(t *testing.T) {
 	}
 	r.supply(ksa.Event{Kind: ksa.Refused, Peer: "b", Why: "not its own"})
 	r.source("kma").Event("LOW", "alarm", "few keys", slog.String("peer", "b"), slog.Int("keys", 3))
-	ikeEvents{r}.Event(ike.Event{Severity: ike.Run, Code: ike.EventUp, Connection: "a-b", Text: "up"})
+	ikeEvents{r}.Event(ike.Event{Severity: ike.Run, Code: ike.EventUp, Connection: "a-b", Text: "up", Action: "none"})
+	ikeEvents{r}.Event(ike.Event{Severity: ike.Run, Code: ike.EventRekeyed, Connection: "a-c", Text: "in memory only"})
 
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel() // what is queued is written nevertheless
@@ -76,11 +77,14 @@ func TestRecorderWritesAllBeforeItEnds(t *testing.T) {
 			t.Errorf("row %d: %+v", i, e)
 		}
 	}
-	if len(f.events) != 3 || f.events[0].Code != "KSA_REFUSED" || f.events[1].Text != "b: few keys, keys 3" || f.events[2].Severity != store.SeverityRun {
+	if len(f.events) != 3 || f.events[0].Code != "KSA_REFUSED" || f.events[1].Text != "b: few keys, keys 3" || f.events[2].Severity != store.SeverityRun || f.events[2].Action != "none" {
 		t.Errorf("events: %+v", f.events)
 	}
 	latest := r.ring.Latest(10, about("a-b"))
 	if len(latest) != 1 || latest[0].Code != ike.EventUp {
+		t.Errorf("ring: %+v", latest)
+	}
+	if latest := r.ring.Latest(10, about("a-c")); len(latest) != 1 || latest[0].Time.IsZero() {
 		t.Errorf("ring: %+v", latest)
 	}
 	if alarms := r.ring.Latest(10, func(e operator.Event) bool { return e.Severity == "alarm" }); len(alarms) != 2 || alarms[0].Peer != "b" {

@@ -108,7 +108,7 @@ func (o *operatorNode) Events(ctx context.Context, connection string, limit int)
 // fromStore undoes what recorder.add does to an event. Only ike's are of a
 // connection; whose name has no space.
 func fromStore(v store.LogEvent) operator.Event {
-	e := operator.Event{Time: v.Time, Severity: string(v.Severity), Code: v.Code, Source: v.Source, Text: v.Text}
+	e := operator.Event{Time: v.Time, Severity: string(v.Severity), Code: v.Code, Source: v.Source, Text: v.Text, Action: v.Action}
 	if name, text, ok := strings.Cut(v.Text, ": "); ok && v.Source == ikeSource && !strings.Contains(name, " ") {
 		e.Connection, e.Text = name, text
 	}
@@ -247,7 +247,9 @@ func (o *operatorTunnels) Explain(ctx context.Context, name string) (operator.Ex
 	if err != nil {
 		return operator.Explanation{}, notFound(name, err)
 	}
-	e := operator.Explanation{Connection: name, Events: o.ring.Latest(explainEvents, about(name))}
+	e := operator.Explanation{Connection: name, Events: o.ring.Latest(explainEvents, func(e operator.Event) bool {
+		return about(name)(e) && e.Code != ike.EventRekeyed // the CHILD_SAs have their age
+	})}
 	for _, c := range o.conf.Connection {
 		if c.Name == name && c.KME == conf.Local && o.kms != nil && c.Policy != conf.Off {
 			e.Checks = append(e.Checks, o.keyChecks(c.PeerSAE)...)

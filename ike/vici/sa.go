@@ -17,10 +17,17 @@ type IKESA struct {
 	Initiator   bool
 	LocalHost   string
 	RemoteHost  string
+	LocalPort   uint16
+	RemotePort  uint16
 	RemoteID    string
 	Established time.Duration // ago
 	Creating    bool          // a CHILD_SA is being set up in it, or waits for that
 	Children    []ChildSA
+}
+
+// Ends names both ends with their ports.
+func (s IKESA) Ends() string {
+	return fmt.Sprintf("%s[%d]...%s[%d]", s.LocalHost, s.LocalPort, s.RemoteHost, s.RemotePort)
 }
 
 // ChildSA is a CHILD_SA as charon lists it. Counters and SPIs are zero where
@@ -146,6 +153,8 @@ func parseSection(name string, m *govici.Message) (section, error) {
 		State:       text(m, "state"),
 		Initiator:   text(m, "initiator") == "yes",
 		LocalHost:   text(m, "local-host"),
+		LocalPort:   uint16(f.uint("local-port", 10, 16)),
+		RemotePort:  uint16(f.uint("remote-port", 10, 16)),
 		RemoteHost:  text(m, "remote-host"),
 		RemoteID:    text(m, "remote-id"),
 		Established: f.seconds("established"),

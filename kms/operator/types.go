@@ -88,6 +88,7 @@ type Event struct {
 	Connection string    `json:"connection,omitempty"`
 	Peer       string    `json:"peer,omitempty"`
 	Text       string    `json:"text"`
+	Action     string    `json:"action,omitempty"` // what is done about it
 }
 
 // Tunnel is one connection as it is and as it shall be.

@@ -37,6 +37,7 @@ type IKE struct {
 	Local, Remote string
 	Responder     bool     // the peer has begun it
 	Queued        []string // tasks, by charon's names
+	RemotePort    int
 	Children      []Child
 }
 
@@ -430,7 +431,7 @@ func (i IKE) section() Element {
 	}
 	tasks := L("tasks-queued", i.Queued...)
 	return S(i.Conn, V("uniqueid", strconv.Itoa(int(i.ID))), V("version", "2"), V("state", i.State),
-		V("local-host", i.Local), V("remote-host", i.Remote), role, V("established", "3"), tasks, children)
+		V("local-host", i.Local), V("remote-host", i.Remote), V("remote-port", strconv.Itoa(i.RemotePort)), role, V("established", "3"), tasks, children)
 }
 
 func (ch Child) section() Element {
