@@ -301,7 +301,7 @@ static void roles(void)
 	world_deliver(&pair);
 	world_notify.data = NULL;
 	check(peer_count(QI_GETKEY) == 1 && peer_count(QI_SENT) == 1 &&
-		  peer_count(QI_BIND) == 2,
+		  peer_count(QI_BIND) == 2 && peer_confirmed(QI_BIND) == 2,
 		  "rekey within a request of the peer: %u GETKEY, %u SENT, %u BIND",
 		  peer_count(QI_GETKEY), peer_count(QI_SENT), peer_count(QI_BIND));
 	world_end(&pair);
@@ -341,6 +341,9 @@ static void roles(void)
 		  "rekeys by both: %u GETKEY, %u SENT, %u and %u CHILD_SAs",
 		  peer_count(QI_GETKEY), peer_count(QI_SENT), world_children(pair.init),
 		  world_children(pair.resp));
+	check(peer_count(QI_BIND) && peer_confirmed(QI_BIND) == peer_count(QI_BIND),
+		  "rekeys by both: %u of %u BINDs with a confirmation",
+		  peer_confirmed(QI_BIND), peer_count(QI_BIND));
 	world_end(&pair);
 	group("requests of both sides within each other");
 }
