@@ -30,6 +30,9 @@ type ManagerOptions struct {
 	Log         *slog.Logger
 	Reconcile   time.Duration // between comparisons with charon; 30 s when zero
 	StopTimeout time.Duration // of an orderly stop; 10 s when zero
+	// Leave is asked when Run shall end: true leaves connections and SAs in charon
+	// for the next start (docs/decisions/0006-restart-leaves-tunnels.md). Nil: false.
+	Leave func() bool
 	// Levels tell how many keys a KME has, by its name. The keys of one that is not
 	// among them are paced by policy alone.
 	Levels       map[string]Levels
@@ -136,7 +139,7 @@ func NewManager(o ManagerOptions) (*Manager, error) {
 }
 
 // Run keeps the connections until ctx ends; then it takes them out of charon
-// with their SAs, within StopTimeout, and returns nil. Neither the Broker nor
+// with their SAs, unless Leave says otherwise, within StopTimeout, and returns nil. Neither the Broker nor
 // the plugin's server is needed for that: charon deletes SAs itself.
 func (m *Manager) Run(ctx context.Context) error {
 	var measuring sync.WaitGroup
@@ -205,11 +208,15 @@ func (m *Manager) session(ctx context.Context) error {
 	m.mu.Unlock()
 	report(m.log, m.o.Events, Event{Severity: Run, Code: EventCharon, Text: fmt.Sprintf("charon of strongSwan %s answers", l.version)})
 	err = m.serve(ctx, l)
-	if ctx.Err() != nil {
+	switch {
+	case ctx.Err() == nil:
+		return err
+	case m.o.Leave != nil && m.o.Leave():
+		m.log.Info("connections and SAs are left in charon for the next start", "count", len(m.o.Connections))
+	default:
 		m.stop(ctx, l)
-		return nil
 	}
-	return err
+	return nil
 }
 
 // serve is the owner loop of one charon.
@@ -220,6 +227,7 @@ func (m *Manager) serve(ctx context.Context, l *link) error {
 	if err := m.reconcile(ctx, l); err != nil {
 		return err
 	}
+	m.takeOutOld(ctx, l)
 	reconcile := time.NewTicker(m.o.Reconcile)
 	defer reconcile.Stop()
 	tick := time.NewTicker(m.t.tick)
@@ -375,6 +383,24 @@ func (m *Manager) takeOut(ctx context.Context, l *link, name string) {
 	m.mu.Lock()
 	delete(l.loaded, name)
 	m.mu.Unlock()
+}
+
+// takeOutOld takes out the connections of an earlier start that are not configured
+// any more: the journal names them as ours, and nobody would rekey them.
+func (m *Manager) takeOutOld(ctx context.Context, l *link) {
+	states, err := m.o.SAD.State(ctx)
+	if err != nil {
+		m.log.Warn("not known whose SAs an earlier start has left", "cause", err)
+		return
+	}
+	done := map[string]bool{}
+	for _, s := range states {
+		if name := s.Connection; name != "" && m.config(name) == nil && !done[name] {
+			done[name] = true
+			m.log.Info("connection of an earlier start is not configured any more: taken out of charon", "connection", name)
+			m.takeOut(ctx, l, name)
+		}
+	}
 }
 
 // fault notes why a connection is not loaded; fresh tells that it was not known of

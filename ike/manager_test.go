@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -355,6 +356,57 @@ func TestManagerReconnect(t *testing.T) {
 	eventually(t, "old SAs gone", func() bool { return s.sad.count() == 2 })
 	if n := s.events.count(EventCharon); n == 0 {
 		t.Error("no event")
+	}
+}
+
+// Told to leave the tunnels, a stop asks nothing of charon; the next start finds them
+// up, and takes out what is not configured any more.
+func TestManagerLeaves(t *testing.T) {
+	s := newSite(t, func(_ *site, c []Connection) []Connection {
+		other := c[0]
+		other.Name, other.RemoteID = "other", "c.example"
+		return append(c, other)
+	})
+	s.connects(sad.Owner{Connection: "link", KeyID: key.ID{1}, Mix: sad.MixHybrid})
+	s.hello("5.9.8")
+	s.run()
+	eventually(t, "up", func() bool { return s.is("link", StateUp)() && s.is("other", StateUp)() })
+	var leave atomic.Bool
+	s.Manager.o.Leave = leave.Load
+	leave.Store(true)
+	s.stop()
+	if n := len(s.charon.Calls("terminate")) + len(s.charon.Calls("unload-conn")) + len(s.charon.Calls("unload-key")); n != 0 || len(s.charon.IKEs) != 2 {
+		t.Errorf("%d commands to take out, left are %+v", n, s.charon.IKEs)
+	}
+	if n := s.events.count(EventDown); n != 0 {
+		t.Errorf("%d times down", n)
+	}
+
+	// The next start has no connection "other"; the SAD's journal says whose it was.
+	id := s.charon.IKEs[1].Children[0]
+	s.sad.put(id.SPIIn, id.SPIOut, sad.Owner{Connection: "other", KeyID: key.ID{2}, Mix: sad.MixHybrid})
+	o := s.Manager.o
+	o.Connections = o.Connections[:1]
+	next, err := NewManager(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	next.t, s.Manager = s.Manager.t, next
+	initiated := len(s.charon.Calls("initiate"))
+	s.run()
+	eventually(t, "up", s.is("link", StateUp))
+	eventually(t, "taken out", func() bool {
+		s.charon.Lock()
+		defer s.charon.Unlock()
+		return len(s.charon.IKEs) == 1 && len(s.charon.Conns) == 1
+	})
+	if n := len(s.charon.Calls("initiate")); n != initiated {
+		t.Errorf("%d initiations", n-initiated)
+	}
+	leave.Store(false)
+	s.stop()
+	if n := len(s.charon.IKEs) + len(s.charon.Conns); n != 0 {
+		t.Errorf("%d left by a stop for good", n)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -636,6 +637,8 @@ func TestPaced(t *testing.T) {
 		c[0].Children[0].RekeyTime = 50 * time.Minute
 		opt := c[0]
 		opt.Name, opt.Policy, opt.MaxKeyAge = "opt", Optional, 0
+		c[0].Children = slices.Clone(c[0].Children)
+		c[0].Children[0].Start = StartNone // the fake would bring it up on fallback, too
 		return append(c, opt)
 	})
 	s.connects(sad.Owner{Connection: "opt", Mix: sad.MixClassical})

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/q-ipsec/q-ipsec/ike/vici/vicitest"
 	"github.com/q-ipsec/q-ipsec/kms/etsi014"
 	"github.com/q-ipsec/q-ipsec/kms/pki"
 )
@@ -445,7 +446,10 @@ func TestFlags(t *testing.T) {
 
 // The [ipsec] role on a kernel of its own, without a charon: it serves, says why
 // no tunnel is up, and its guard outlives it.
-func TestIPsecRoleWithoutCharon(t *testing.T) {
+// newIPsecLab is a lab in a network namespace of its own whose node a has the [ipsec]
+// role; charon's VICI socket is vici, below the node's directory.
+func newIPsecLab(t *testing.T, n int, vici string) *lab {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root for a network namespace")
 	}
@@ -454,22 +458,61 @@ func TestIPsecRoleWithoutCharon(t *testing.T) {
 	if err := holder.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = holder.Process.Kill(); _ = holder.Wait() }()
-	l := newLab(t, 5)
+	t.Cleanup(func() { _ = holder.Process.Kill(); _ = holder.Wait() })
+	l := newLab(t, n)
 	l.inside = []string{"nsenter", "--net=/proc/" + fmt.Sprint(holder.Process.Pid) + "/ns/net", "--"}
 	if out, err := exec.Command("nsenter", l.inside[1], "--", "ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	l.must("init", "--pair", "a", "b", "--here", "--force", "--out", l.dir, "--address", l.ip[0]+","+l.ip[1])
+	l.edit("a", "[ipsec]\n", "[ipsec]\nvici = \""+vici+"\"\n")
+	return l
+}
+
+// edit replaces a text in the node's config, once.
+func (l *lab) edit(node, old, by string) {
+	l.t.Helper()
+	text, err := os.ReadFile(l.config(node))
+	if err != nil || !bytes.Contains(text, []byte(old)) {
+		l.t.Fatalf("no %q in the config: %v", old, err)
+	}
+	if err := os.WriteFile(l.config(node), bytes.Replace(text, []byte(old), []byte(by), 1), 0o600); err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+// SIGHUP ends the daemon in order and leaves its connections in charon for the next
+// start; SIGTERM takes them out, also as an afterthought.
+func TestHangupLeavesTheTunnels(t *testing.T) {
+	l := newIPsecLab(t, 8, "vici")
+	l.edit("a", `policy = "required"`, `policy = "off"`) // there is no plugin to wait for
+	charon := vicitest.Start(t, filepath.Join(l.dir, "a", "vici"))
+	loaded := func() int {
+		charon.Lock()
+		defer charon.Unlock()
+		return len(charon.Conns)
+	}
+	start := func() *daemon {
+		d := l.start("a")
+		l.await("the connection", func() error {
+			if loaded() == 0 || !strings.Contains(d.log.String(), "connection loaded") {
+				return errors.New("not loaded")
+			}
+			return nil
+		})
+		return d
+	}
+	if err := start().end(syscall.SIGHUP); err != nil || loaded() != 1 {
+		t.Errorf("after SIGHUP: %v, %d connections are loaded", err, loaded())
+	}
+	if err := start().end(syscall.SIGTERM); err != nil || loaded() != 0 {
+		t.Errorf("after SIGTERM: %v, %d connections are loaded", err, loaded())
+	}
+}
+
+func TestIPsecRoleWithoutCharon(t *testing.T) {
+	l := newIPsecLab(t, 5, "run/no.vici")
 	c := l.config("a")
-	text, err := os.ReadFile(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	text = bytes.Replace(text, []byte("[ipsec]\n"), []byte("[ipsec]\nvici = \"run/no.vici\"\n"), 1)
-	if err := os.WriteFile(c, text, 0o600); err != nil {
-		t.Fatal(err)
-	}
 	if out, err := l.run("guard", "status", "--config", c); err == nil {
 		t.Errorf("a guard before the start: %s", out)
 	}

@@ -31,8 +31,8 @@ type ipsec struct {
 }
 
 // buildIPsec puts the guard in place, opens the SAD, and makes broker, plugin
-// socket and manager. k is nil without [kms].
-func buildIPsec(ctx context.Context, n *conf.Node, s *stages, k *kms, r *recorder, log *slog.Logger) (*ipsec, error) {
+// socket and manager. k is nil without [kms]; leave is ike.ManagerOptions.Leave.
+func buildIPsec(ctx context.Context, n *conf.Node, s *stages, k *kms, r *recorder, leave func() bool, log *slog.Logger) (*ipsec, error) {
 	kernel, err := xfrm.Open()
 	if err != nil {
 		return nil, err
@@ -69,7 +69,7 @@ func buildIPsec(ctx context.Context, n *conf.Node, s *stages, k *kms, r *recorde
 	}
 	s.atEnd(func() error { _ = srv.Close(); return nil }) // for a start that fails half-way
 	manager, err := ike.NewManager(ike.ManagerOptions{
-		Connections: conns, Broker: broker, SAD: entries, VICI: n.IPsec.VICI, Levels: levels(kmes), RekeyReserve: n.IPsec.Reserve, Events: ikeEvents{r}, Log: log,
+		Connections: conns, Broker: broker, SAD: entries, VICI: n.IPsec.VICI, Levels: levels(kmes), RekeyReserve: n.IPsec.Reserve, Leave: leave, Events: ikeEvents{r}, Log: log,
 	})
 	if err != nil {
 		return nil, err

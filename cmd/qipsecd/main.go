@@ -11,6 +11,8 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -66,7 +68,7 @@ func run(n *conf.Node, level *slog.LevelVar, log *slog.Logger) (err error) {
 	if err := harden(); err != nil {
 		return err
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, leave, stop := ending()
 	defer stop()
 	// From here on, so that no signal is lost once the node says that it serves.
 	usr1 := make(chan os.Signal, 1)
@@ -74,7 +76,7 @@ func run(n *conf.Node, level *slog.LevelVar, log *slog.Logger) (err error) {
 	defer signal.Stop(usr1)
 	var s stages
 	defer func() { err = errors.Join(err, s.close()) }()
-	if err := build(ctx, n, &s, log); err != nil {
+	if err := build(ctx, n, &s, leave, log); err != nil {
 		return err
 	}
 	s.add("log level", func(ctx context.Context) error { return toggleDebug(ctx, usr1, level, n.Log.Level, log) })
@@ -86,8 +88,31 @@ func run(n *conf.Node, level *slog.LevelVar, log *slog.Logger) (err error) {
 	}, func() { _ = notify("STOPPING=1") })
 }
 
+// ending gives a context that ends at a signal to stop. leave says whether the
+// tunnels stay up: they do after SIGHUP, which precedes a new start, and not after
+// SIGTERM or SIGINT; the latest signal counts.
+func ending() (ctx context.Context, leave func() bool, stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	c := make(chan os.Signal, 4)
+	signal.Notify(c, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	var left atomic.Bool
+	var reader sync.WaitGroup
+	reader.Go(func() {
+		for s := range c {
+			left.Store(s == syscall.SIGHUP)
+			cancel()
+		}
+	})
+	return ctx, left.Load, func() {
+		signal.Stop(c)
+		close(c)
+		reader.Wait()
+		cancel()
+	}
+}
+
 // build makes the parts in the order in which they start.
-func build(ctx context.Context, n *conf.Node, s *stages, log *slog.Logger) error {
+func build(ctx context.Context, n *conf.Node, s *stages, leave func() bool, log *slog.Logger) error {
 	r := newRecorder(log)
 	s.add("events", r.run)
 	op := &operatorNode{name: n.Name, started: time.Now(), ring: r.ring}
@@ -100,7 +125,7 @@ func build(ctx context.Context, n *conf.Node, s *stages, log *slog.Logger) error
 		op.keys = &operatorKeys{k}
 	}
 	if n.IPsec != nil {
-		v, err := buildIPsec(ctx, n, s, k, r, log)
+		v, err := buildIPsec(ctx, n, s, k, r, leave, log)
 		if err != nil {
 			return err
 		}
