@@ -125,6 +125,7 @@ type Agent struct {
 	in    inbox
 	out   map[string]*queue // by node; the map is fixed
 	pulls chan struct{}     // semaphore: pulls under way
+	wait  time.Duration     // noticeWait
 }
 
 // New checks the options, of which it reports every fault of the SAE table.
@@ -147,7 +148,7 @@ func New(o Options) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{o: o, saes: t, nodes: make(map[string]bool), out: make(map[string]*queue), pulls: make(chan struct{}, maxPulls)}
+	a := &Agent{o: o, saes: t, nodes: make(map[string]bool), out: make(map[string]*queue), pulls: make(chan struct{}, maxPulls), wait: noticeWait}
 	for _, s := range t {
 		if s.Node != o.Node {
 			a.nodes[s.Node] = true

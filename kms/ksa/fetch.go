@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/q-ipsec/q-ipsec/kms/key"
 )
@@ -61,21 +62,23 @@ func checkIDs(ids []key.ID) error {
 	return nil
 }
 
-// pullMissing asks peer, once and for PullTimeout at most, for the notices that
-// have not come yet. What peer does not have stays missing; only a peer that
-// does not answer is an error.
+// noticeWait is how long a notice that has not come is awaited before it is pulled:
+// as a rule it is on its way, and a pull costs more than the wait.
+const noticeWait = time.Millisecond
+
+// pullMissing waits a moment for the notices of ids that have not come yet and asks
+// peer, once, for those that still have not; all in PullTimeout. What peer does not
+// have stays missing; only a peer that does not answer is an error.
 func (a *Agent) pullMissing(ctx context.Context, peer string, ids []key.ID) error {
-	var missing []key.ID
-	for _, id := range ids {
-		if a.in.get(id) == nil {
-			missing = append(missing, id)
-		}
-	}
-	if len(missing) == 0 {
+	if len(a.missing(ids)) == 0 {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, a.o.PullTimeout)
 	defer cancel()
+	missing := a.await(ctx, peer, ids)
+	if len(missing) == 0 {
+		return nil
+	}
 	fail := func(err error) error {
 		return a.unavailable(fmt.Errorf("ksa: ask node %q for %d supply notices: %w", peer, len(missing), err))
 	}
@@ -98,6 +101,37 @@ func (a *Agent) pullMissing(ctx context.Context, peer string, ids []key.ID) erro
 		return fail(err)
 	}
 	return nil
+}
+
+// missing are those of ids of which there is no notice.
+func (a *Agent) missing(ids []key.ID) []key.ID {
+	var out []key.ID
+	for _, id := range ids {
+		if a.in.get(id) == nil {
+			out = append(out, id)
+		}
+	}
+	return out
+}
+
+// await gives those of ids whose notices peer does not send in a moment.
+func (a *Agent) await(ctx context.Context, peer string, ids []key.ID) []key.ID {
+	t := time.NewTimer(a.wait)
+	defer t.Stop()
+	for {
+		rung := a.in.bells[peer].next() // before the look, so that nothing is missed between
+		missing := a.missing(ids)
+		if len(missing) == 0 {
+			return nil
+		}
+		select {
+		case <-rung:
+		case <-t.C:
+			return missing
+		case <-ctx.Done():
+			return missing
+		}
+	}
 }
 
 // lockAll finds and locks the arrivals of ids, which are all different, in the

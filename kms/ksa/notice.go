@@ -66,8 +66,9 @@ type arrival struct {
 // of another.
 type inbox struct {
 	max     int64
-	n       map[string]*atomic.Int64 // arrivals by peer; the map is fixed, as is the next one
+	n       map[string]*atomic.Int64 // arrivals by peer; the map is fixed, as are the next two
 	settled map[string]*settled
+	bells   map[string]*bell // rung when a peer has sent notices
 	shard   [shards]struct {
 		mu sync.Mutex
 		m  map[key.ID]*arrival
@@ -78,12 +79,39 @@ func (b *inbox) init(limit int, peers map[string]bool) {
 	b.max = int64(limit)
 	b.n = make(map[string]*atomic.Int64, len(peers))
 	b.settled = make(map[string]*settled, len(peers))
+	b.bells = make(map[string]*bell, len(peers))
 	for p := range peers {
 		b.n[p] = new(atomic.Int64)
 		b.settled[p] = newSettled(4 * limit)
+		b.bells[p] = new(bell)
 	}
 	for i := range b.shard {
 		b.shard[i].m = make(map[key.ID]*arrival)
+	}
+}
+
+// bell wakes those who wait for something to happen.
+type bell struct {
+	mu sync.Mutex
+	ch chan struct{} // nil: nobody waits
+}
+
+// next is closed at the next ring.
+func (b *bell) next() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ch == nil {
+		b.ch = make(chan struct{})
+	}
+	return b.ch
+}
+
+func (b *bell) ring() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ch != nil {
+		close(b.ch)
+		b.ch = nil
 	}
 }
 
@@ -203,7 +231,11 @@ func (n Notice) same(o Notice) bool {
 // means that some could not be kept and shall be sent again; repeats are
 // harmless.
 func (a *Agent) Receive(_ context.Context, peer string, ns []Notice) error {
-	return a.receive(peer, ns, false)
+	err := a.receive(peer, ns, false)
+	if b := a.in.bells[peer]; b != nil {
+		b.ring()
+	}
+	return err
 }
 
 func (a *Agent) receive(peer string, ns []Notice, pulled bool) error {

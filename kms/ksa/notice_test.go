@@ -88,6 +88,55 @@ func TestLostNoticeIsPulled(t *testing.T) {
 	}
 }
 
+// A notice that is on its way is awaited: the peer is not asked for it, whatever
+// else comes before it. One that does not come in time is asked for.
+func TestNoticeIsAwaited(t *testing.T) {
+	a, b := twoSites(t, 3, nil)
+	b.wait = time.Minute
+	b.o.PullTimeout = 2 * time.Minute
+	x := mustGet(t, a, "a1", "b1", 3, 256)
+	done := make(chan error, 1)
+	go func() {
+		_, err := b.GetKeyWithID(t.Context(), "b1", "a1", ids(x[1:]), 0)
+		done <- err
+	}()
+	waits := func() bool {
+		bell := b.in.bells["a"]
+		bell.mu.Lock()
+		defer bell.mu.Unlock()
+		return bell.ch != nil
+	}
+	for _, k := range x {
+		eventually(t, "the call waits", waits)
+		n, ok := a.Issued("b", k.ID)
+		if !ok {
+			t.Fatal("no notice")
+		}
+		if err := b.Receive(t.Context(), "a", []Notice{n}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("the notices have come, the call still waits")
+	}
+	if _, pulls := b.peers.count(); pulls != 0 {
+		t.Errorf("%d pulls", pulls)
+	}
+	b.o.PullTimeout = 20 * time.Millisecond
+	b.peers.pull = func(ctx context.Context) error { return ctx.Err() }
+	begin := time.Now()
+	_, err := fetch(t, b, "b1", "a1", []key.ID{{7}}, 0)
+	wantKind(t, err, "unavailable") // the wait is part of the bound
+	if d := time.Since(begin); d > 10*time.Second {
+		t.Errorf("the call took %v", d)
+	}
+}
+
 // A peer that does not answer makes the call unavailable within the bound; the
 // key is still there afterwards.
 func TestSilentPeer(t *testing.T) {
@@ -319,7 +368,8 @@ func TestNoticesGather(t *testing.T) {
 		{0, time.Hour, gatherTime},
 		{gatherTime / 4, time.Hour, gatherTime * 3 / 4},
 		{0, hurryTime, gatherTime},
-		{0, hurryTime - 1, 0},
+		{0, hurryTime - 1, hurryGather},
+		{hurryGather, hurryTime - 1, 0},
 	} {
 		q := &queue{asked: now.Add(-c.asked)}
 		if got := q.gather(now.Add(-c.since), now); got != c.want {
@@ -350,7 +400,7 @@ func TestNoticesGather(t *testing.T) {
 	if _, err := a.out["b"].add([]Notice{{KeyID: key.ID{1}}}, a.clock(), a.clock().Add(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
-	if _, ok := a.Issued("b", key.ID{1}); !ok || a.out["b"].gather(time.Now(), time.Now()) != 0 {
+	if _, ok := a.Issued("b", key.ID{1}); !ok || a.out["b"].gather(time.Now(), time.Now()) > hurryGather {
 		t.Error("a pull makes no haste")
 	}
 }

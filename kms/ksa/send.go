@@ -15,9 +15,11 @@ const (
 	lastPause   = 5 * time.Second
 
 	// Under load a batch may gather for a moment, which saves a call per key; but
-	// not while the peer's SAEs fetch keys faster than that, as its pulls show.
-	gatherTime = 2 * time.Millisecond // from the start of one batch to that of the next
-	hurryTime  = time.Second          // after a pull
+	// hardly while the peer's SAEs fetch keys faster than that, as its pulls show.
+	// Times are from the start of one batch to that of the next.
+	gatherTime  = 2 * time.Millisecond
+	hurryGather = 100 * time.Microsecond
+	hurryTime   = time.Second // after a pull
 )
 
 // issue is a notice of ours for a key that the peer has not settled yet. The
@@ -54,10 +56,11 @@ func newQueue(limit int) *queue {
 func (q *queue) gather(last, now time.Time) time.Duration {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	d := gatherTime
 	if now.Sub(q.asked) < hurryTime {
-		return 0
+		d = hurryGather
 	}
-	return max(0, gatherTime-now.Sub(last))
+	return max(0, d-now.Sub(last))
 }
 
 // add is all or nothing. For want of room it gives up what is due, uncounted,
