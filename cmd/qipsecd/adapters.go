@@ -116,7 +116,12 @@ func (p peersForKSA) SendNotices(ctx context.Context, peer string, list []ksa.No
 		for i, v := range some {
 			r.Notices[i] = toType1(v)
 		}
-		if err := c.SupplyNotice(ctx, r); err != nil {
+		err := c.SupplyNotice(ctx, r)
+		switch type1.CodeOf(err) {
+		case type1.NotAuthorised, type1.Malformed:
+			err = errors.Join(ksa.ErrRefused, err)
+		}
+		if err != nil {
 			return err
 		}
 	}

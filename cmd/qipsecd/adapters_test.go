@@ -2,7 +2,11 @@ package main
 
 import (
 	"errors"
+	"fmt"
+	"io"
+	"net/http"
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 
@@ -11,6 +15,7 @@ import (
 	"github.com/q-ipsec/q-ipsec/kms/key"
 	"github.com/q-ipsec/q-ipsec/kms/kma"
 	"github.com/q-ipsec/q-ipsec/kms/ksa"
+	"github.com/q-ipsec/q-ipsec/kms/type1"
 )
 
 func TestNoticesCrossUnchanged(t *testing.T) {
@@ -45,6 +50,34 @@ func TestUnknownPeer(t *testing.T) {
 	}
 	if _, err := p.PullNotices(t.Context(), "b", []key.ID{{}}); !errors.Is(err, errNoPeer) {
 		t.Errorf("%v", err)
+	}
+}
+
+// refuses answers every call with a problem.
+type refuses struct {
+	status int
+	code   type1.Code
+}
+
+func (r refuses) RoundTrip(*http.Request) (*http.Response, error) {
+	body := fmt.Sprintf(`{"type":"urn:q-ipsec:problem:%s"}`, r.code)
+	return &http.Response{StatusCode: r.status, Header: http.Header{}, Body: io.NopCloser(strings.NewReader(body))}, nil
+}
+
+// The KSA learns which refusals will not pass by themselves.
+func TestRefusedNotices(t *testing.T) {
+	n := ksa.Notice{Pool: uuid.New(), Position: key.At(1, 0), KeyID: key.ID(uuid.New()), MasterSAE: "m", SlaveSAEs: []string{"s"}, SizeBits: 256, TTL: time.Minute}
+	for answer, lasting := range map[refuses]bool{
+		{403, type1.NotAuthorised}: true, {400, type1.Malformed}: true, {503, type1.Overloaded}: false, {500, type1.Internal}: false, {502, "?"}: false,
+	} {
+		c, err := type1.NewClient(type1.ClientOptions{URL: "https://b:1", Transport: answer})
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = peersForKSA{"b": c}.SendNotices(t.Context(), "b", []ksa.Notice{n})
+		if err == nil || errors.Is(err, ksa.ErrRefused) != lasting {
+			t.Errorf("%+v: %v", answer, err)
+		}
 	}
 }
 

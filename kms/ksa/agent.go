@@ -23,10 +23,10 @@ const (
 
 // What the agent can tell apart.
 var (
-	ErrGone     = errors.New("ksa: key is gone")                 // Keys.Claim: burned, expired or claimed before
-	ErrNoNotice = errors.New("ksa: peer has no such notice")     // Peers.PullNotice: the peer answered, and has none
-	errFull     = errors.New("ksa: too many supply notices")     // our own limit, MaxNotices
-	errReserve  = errors.New("ksa: what is left is the reserve") // for IPsec
+	ErrGone    = errors.New("ksa: key is gone")                 // Keys.Claim: burned, expired or claimed before
+	ErrRefused = errors.New("ksa: peer refuses a notice")       // Peers.SendNotices
+	errFull    = errors.New("ksa: too many supply notices")     // our own limit, MaxNotices
+	errReserve = errors.New("ksa: what is left is the reserve") // for IPsec
 )
 
 // MasterKey is one master key of our lease with a peer.
@@ -64,7 +64,8 @@ type Keys interface {
 // Peers is the way to the KSAs of other nodes (Type-1).
 type Peers interface {
 	// SendNotices delivers notices; nil only if peer acknowledged them.
-	// They may be sent again and in any order.
+	// They may be sent again and in any order. ErrRefused if peer took none of
+	// them because of one that it will never take.
 	SendNotices(ctx context.Context, peer string, n []Notice) error
 	// PullNotices asks peer for the notices of ids, and gives those that peer
 	// has. An error means that peer did not answer.

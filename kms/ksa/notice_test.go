@@ -3,6 +3,8 @@ package ksa
 import (
 	"context"
 	"errors"
+	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -86,6 +88,61 @@ func TestLostNoticeIsPulled(t *testing.T) {
 	if _, err := fetch(t, b, "b1", "a1", ids(x)[:1], 0); err == nil {
 		t.Error("a key was supplied twice")
 	}
+}
+
+// One notice that the peer refuses keeps none of the others back, and is not sent
+// for ever; its key is counted when its time is over.
+func TestRefusedNotice(t *testing.T) {
+	a, b := twoSites(t, 100, nil)
+	x := mustGet(t, a, "a1", "b1", 100, 256)
+	bad, calls := x[37].ID, 0
+	a.peers.send = func(ns []Notice) ([]Notice, error) {
+		calls++
+		if slices.ContainsFunc(ns, func(n Notice) bool { return n.KeyID == bad }) {
+			return nil, fmt.Errorf("pool is not shared: %w", ErrRefused)
+		}
+		return ns, nil
+	}
+	a.deliver(t)
+	if got := b.in.n["a"].Load(); got != 99 || calls > 1+2*7 {
+		t.Errorf("%d notices arrived, in %d calls", got, calls)
+	}
+	calls = 0
+	a.deliver(t)
+	if calls != 0 || a.count(Refused) != 1 {
+		t.Errorf("sent again %d times, %d events", calls, a.count(Refused))
+	}
+	b.mustFetch(t, append(ids(x[:37]), ids(x[38:])...))
+	a.advance(a.o.TTL + settleGrace)
+	a.settleWith(t)
+	if a.count(Stranded) != 1 || a.out["b"].waits() {
+		t.Errorf("%d keys are counted as stranded", a.count(Stranded))
+	}
+}
+
+// A batch that was refused and then cut off is sent again, but for what has arrived.
+func TestRefusedThenCutOff(t *testing.T) {
+	a, b := twoSites(t, 8, nil)
+	x := mustGet(t, a, "a1", "b1", 8, 256)
+	down := errors.New("link down")
+	calls := 0
+	a.peers.send = func(ns []Notice) ([]Notice, error) {
+		switch calls++; calls {
+		case 1:
+			return nil, ErrRefused
+		case 3:
+			return nil, down
+		}
+		return ns, nil
+	}
+	if _, err := a.sendBatch(t.Context(), "b"); !errors.Is(err, down) || b.in.n["a"].Load() != 4 {
+		t.Errorf("%v, %d notices arrived", err, b.in.n["a"].Load())
+	}
+	a.deliver(t)
+	if sent, _ := a.peers.count(); sent != 8+4+4+4 || a.count(Refused) != 0 {
+		t.Errorf("%d notices sent, %d events", sent, a.count(Refused))
+	}
+	b.mustFetch(t, ids(x))
 }
 
 // A notice that is on its way is awaited: the peer is not asked for it, whatever

@@ -2,6 +2,8 @@ package ksa
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"sync"
 	"time"
 
@@ -28,6 +30,7 @@ type issue struct {
 	Notice
 	expires time.Time // once taken: when the peer's arrival will have expired
 	taken   bool      // the peer has acknowledged the notice
+	refused bool      // the peer does not take the notice: it is not sent again
 	gone    bool      // no longer in m: settled, counted or given up
 }
 
@@ -115,13 +118,20 @@ func (q *queue) head(now time.Time) []*issue {
 	defer q.mu.Unlock()
 	var batch []*issue
 	for k := q.next; k < len(q.order) && len(batch) < batchSize; k++ {
-		if i := q.order[k]; !i.gone && !i.taken && now.Before(i.expires) {
+		if i := q.order[k]; !i.gone && !i.taken && !i.refused && now.Before(i.expires) {
 			batch = append(batch, i)
 		} else if len(batch) == 0 {
 			q.next = k + 1
 		}
 	}
 	return batch
+}
+
+// refuse notes that the peer does not take i's notice.
+func (q *queue) refuse(i *issue) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	i.refused = true
 }
 
 // done notes that a batch was acknowledged; its notices expire there at expires
@@ -197,23 +207,43 @@ func (a *Agent) send(ctx context.Context, peer string) {
 
 // sendBatch sends one batch and reports whether there was one.
 func (a *Agent) sendBatch(ctx context.Context, peer string) (bool, error) {
-	now := a.o.Now()
-	q := a.out[peer]
-	batch := q.head(now)
+	batch := a.out[peer].head(a.o.Now())
 	if len(batch) == 0 {
 		return false, nil
 	}
+	return true, a.deliver(ctx, peer, batch)
+}
+
+// deliver sends batch in one message. A batch that the peer refuses is cut in two,
+// and again, until what is refused is alone: the others do not wait for it.
+func (a *Agent) deliver(ctx context.Context, peer string, batch []*issue) error {
+	err := a.sendOnce(ctx, peer, batch)
+	switch half := len(batch) / 2; {
+	case err == nil:
+		a.out[peer].done(batch, a.o.Now().Add(a.o.TTL))
+		return nil
+	case !errors.Is(err, ErrRefused):
+		return err
+	case half > 0:
+		if err := a.deliver(ctx, peer, batch[:half]); err != nil {
+			return err
+		}
+		return a.deliver(ctx, peer, batch[half:])
+	}
+	a.out[peer].refuse(batch[0])
+	a.issueEvent(Refused, peer, &batch[0].Notice, fmt.Sprintf("the peer does not take the supply notice, so no SAE there can fetch the key: %v", err))
+	return nil
+}
+
+func (a *Agent) sendOnce(ctx context.Context, peer string, batch []*issue) error {
+	now := a.o.Now()
 	ns := make([]Notice, len(batch))
 	for i := range batch {
 		ns[i], _ = batch[i].now(now)
 	}
 	ctx, cancel := context.WithTimeout(ctx, sendTimeout)
 	defer cancel()
-	if err := a.o.Peers.SendNotices(ctx, peer, ns); err != nil {
-		return true, err
-	}
-	q.done(batch, a.o.Now().Add(a.o.TTL))
-	return true, nil
+	return a.o.Peers.SendNotices(ctx, peer, ns)
 }
 
 func sleep(ctx context.Context, d time.Duration) {
