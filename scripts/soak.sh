@@ -14,6 +14,7 @@
 #   late        every step of the plugin's socket cut, late, lost and repeated, within
 #               2 s for a CHILD_SA, and 40 rekeys while either qipsecd is stopped again
 #               and again (testenv/late.sh)
+#   model       every model of what two nodes agree on (testenv/model/run.sh)
 #   fuzz        every fuzz target for 30 s
 #
 # COUNT overrides the counts of kill9 and rekeys and the seconds of full-speed.
@@ -29,7 +30,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-all="kill9 full-speed rekeys matrix suites restarts ike supply late fuzz"
+all="kill9 full-speed rekeys matrix suites restarts ike supply late model fuzz"
 out=out/soak
 end=$((SECONDS + 90 * 60))
 seed=${SEED:-$((RANDOM * 32768 + RANDOM + 1))}
@@ -149,6 +150,12 @@ part_supply() { scenario 300 supply testenv/run testenv/supply.sh; }
 part_late() {
     ALL=1 COUNT=40 TESTENV_PASS=ALL scenario 2400 late testenv/run testenv/late.sh || return
     note="checks; $(grep -oE '[0-9]+ of [0-9]+ packets lost, .* repeated' "$out/late.log")"
+}
+
+part_model() {
+    scripts/deps.sh test || return
+    scenario 600 model testenv/model/run.sh full || return
+    note="checks; $(sed -nE 's/^ok - model .*\(([0-9]+) states, .*/\1/p' "$out/model.log" | awk '{ n += $1 } END { print n }') states"
 }
 
 part_fuzz() {

@@ -20,6 +20,7 @@ exec bin/testrun -out out/test -parallel 3 \
     "testenv/run testenv/netns.sh" \
     "testenv/run testenv/rekeys.sh" \
     "testenv/run testenv/secrets.sh" \
+    "testenv/model/run.sh quick" \
     "testenv/sad.sh" \
     "scripts/plugin-check.sh" \
     "testenv/run testenv/stock.sh" \
