@@ -433,7 +433,14 @@ func TestNoticesGather(t *testing.T) {
 			t.Errorf("last batch %v ago, pull %v ago: %v, want %v", c.since, c.asked, got, c.want)
 		}
 	}
-	const keys = 500
+	full := &queue{order: make([]*issue, batchSize+2), next: 2}
+	if got := full.gather(now, now); got != 0 {
+		t.Errorf("a full batch waits %v", got)
+	}
+	if full.next++; full.gather(now, now) == 0 {
+		t.Error("what is sent counts as a batch that waits")
+	}
+	const keys = batchSize - 1 // never a full batch
 	a, b := twoSites(t, keys, nil)
 	calls := 0
 	a.peers.send = func(ns []Notice) ([]Notice, error) { calls++; return ns, nil }

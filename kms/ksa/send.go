@@ -19,7 +19,7 @@ const (
 	// Under load a batch may gather for a moment, which saves a call per key; but
 	// hardly while the peer's SAEs fetch keys faster than that, as its pulls show.
 	// Times are from the start of one batch to that of the next.
-	gatherTime  = 2 * time.Millisecond
+	gatherTime  = 10 * time.Millisecond
 	hurryGather = 100 * time.Microsecond
 	hurryTime   = time.Second // after a pull
 )
@@ -55,12 +55,16 @@ func newQueue(limit int) *queue {
 }
 
 // gather is how long the next batch may wait at now, when the last one was
-// begun at last. A notice that comes alone finds that long ago, and waits not.
+// begun at last. A notice that comes alone finds that long ago, and waits not; nor
+// does a full batch.
 func (q *queue) gather(last, now time.Time) time.Duration {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	d := gatherTime
-	if now.Sub(q.asked) < hurryTime {
+	switch {
+	case len(q.order)-q.next >= batchSize:
+		d = 0
+	case now.Sub(q.asked) < hurryTime:
 		d = hurryGather
 	}
 	return max(0, d-now.Sub(last))
