@@ -33,7 +33,7 @@ func TestBench(t *testing.T) {
 	if err := os.WriteFile(samples, []byte(espSamples), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	c := exec.CommandContext(ctx, filepath.Join(bin, "bench"), "-bin", bin, "-out", file, "-samples", samples, "-rounds", "1", "-slice", "20ms", "-children", "2", "-file-keys", "1000")
+	c := exec.CommandContext(ctx, filepath.Join(bin, "bench"), "-bin", bin, "-out", file, "-samples", samples, "-rounds", "1", "-slice", "20ms", "-children", "2", "-file-keys", "1000", "-inventory", "20000")
 	out, err := c.CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -60,7 +60,7 @@ func TestBench(t *testing.T) {
 			gated++
 		}
 	}
-	if gated != 8 {
+	if gated != 11 {
 		t.Errorf("%d rows are gated: %s", gated, b)
 	}
 	if left, err := os.ReadDir(work); err != nil || len(left) != 1 {

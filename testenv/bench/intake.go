@@ -25,8 +25,6 @@ func intakeRow(ctx context.Context, o options, t *table) (err error) {
 	if !o.only.MatchString(name) {
 		return nil
 	}
-	const polled = "intake_interval = \"10ms\"\n" // how often a node looks is not how fast it takes in
-	edit := func(s string) string { return strings.Replace(s, "[kms]\n", "[kms]\n"+polled, 1) }
 	pin, lookErr := exec.LookPath("taskset")
 	inside := func(node int) []string {
 		words := []string{"env", "GOMAXPROCS=1"}
@@ -35,12 +33,12 @@ func intakeRow(ctx context.Context, o options, t *table) (err error) {
 		}
 		return words
 	}
-	l, err := newLab(ctx, o, 1, edit, inside)
+	l, err := newLab(ctx, o, 1, polledOften, inside)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, l.close()) }()
-	if err := l.topUp(ctx, 1); err != nil { // warms up: synced, leases full
+	if err := l.topUp(ctx, 1, 50_000); err != nil { // warms up: synced, leases full
 		return err
 	}
 	var rate sample
@@ -53,6 +51,12 @@ func intakeRow(ctx context.Context, o options, t *table) (err error) {
 	}
 	t.add(name, "Mbit/s", rate, sample{qkdRecord}, "published QKD record", goal{least: 1})
 	return nil
+}
+
+// polledOften is a node's config with a short intake interval: how often a node
+// looks is not how fast it takes in.
+func polledOften(config string) string {
+	return strings.Replace(config, "[kms]\n", "[kms]\nintake_interval = \"10ms\"\n", 1)
 }
 
 // takeIn delivers files and waits until all of their keys are there.

@@ -38,8 +38,9 @@ type lab struct {
 
 // process is a child of ours.
 type process struct {
-	cmd *exec.Cmd
-	log bytes.Buffer // valid when it has ended
+	words []string
+	cmd   *exec.Cmd    // nil: it did not start
+	log   bytes.Buffer // valid when it has ended
 }
 
 // newLab writes the lab and starts its nodes; number keeps labs apart, edit
@@ -97,27 +98,43 @@ func (l *lab) startNode(ctx context.Context, i int, node string, edit func(strin
 
 // spawn starts a process that ends with the lab, and with us.
 func (l *lab) spawn(words ...string) error {
-	p := &process{cmd: exec.Command(words[0], words[1:]...)}
+	l.procs = append(l.procs, &process{words: words})
+	return l.begin(len(l.procs) - 1)
+}
+
+// begin starts process i, again if it has ended.
+func (l *lab) begin(i int) error {
+	p := &process{words: l.procs[i].words}
+	p.cmd = exec.Command(p.words[0], p.words[1:]...)
 	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := p.cmd.Start(); err != nil {
 		return err
 	}
-	l.procs = append(l.procs, p)
+	l.procs[i] = p
 	return nil
 }
 
-// close ends the processes in order and removes the files. What a process logs
-// of its own failure comes with the error.
+// end stops process i. What it logs of its own failure comes with the error.
+func (l *lab) end(i int) error {
+	p := l.procs[i]
+	if p.cmd == nil || p.cmd.ProcessState != nil {
+		return nil // did not start, or has ended
+	}
+	_ = p.cmd.Process.Signal(syscall.SIGTERM) // an error if it has ended
+	kill := time.AfterFunc(bound, func() { _ = p.cmd.Process.Kill() })
+	defer kill.Stop()
+	if err := p.cmd.Wait(); err != nil {
+		return fmt.Errorf("%s: %w: %s", p.cmd.Path, err, tail(p.log.String()))
+	}
+	return nil
+}
+
+// close ends the processes in order and removes the files.
 func (l *lab) close() error {
 	var errs []error
-	for _, p := range l.procs {
-		_ = p.cmd.Process.Signal(syscall.SIGTERM) // an error if it has ended
-		kill := time.AfterFunc(bound, func() { _ = p.cmd.Process.Kill() })
-		if err := p.cmd.Wait(); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w: %s", p.cmd.Path, err, tail(p.log.String())))
-		}
-		kill.Stop()
+	for i := range l.procs {
+		errs = append(errs, l.end(i))
 	}
 	for _, c := range l.api {
 		if c != nil {
@@ -183,13 +200,13 @@ func (l *lab) stage(n, keys int) (deliver func() error, err error) {
 	}, nil
 }
 
-// topUp feeds both ends until node a has so many keys of its own to supply.
-func (l *lab) topUp(ctx context.Context, keys int) error {
+// topUp feeds both ends, by files of perFile keys, until node a has so many keys of
+// its own to supply: half of those delivered.
+func (l *lab) topUp(ctx context.Context, keys, perFile int) error {
 	p, err := l.pool(ctx, 0)
 	if err != nil {
 		return err
 	}
-	const perFile = 50_000 // half of them are a's
 	for have := p.OwnActive + p.Leased; have < keys; have += perFile / 2 {
 		deliver, err := l.stage(1, perFile)
 		if err != nil {

@@ -28,15 +28,16 @@ import (
 
 // options are the flags.
 type options struct {
-	bin, out string
-	rounds   int
-	clients  int // at once
-	slice    time.Duration
-	children int // CHILD_SAs of the tunnel row
-	fileKeys int // keys of one QKD-Key file of the intake row
-	profile  string
-	samples  string         // file of testenv/esp-bench.sh
-	only     *regexp.Regexp // names of rows
+	bin, out  string
+	rounds    int
+	clients   int // at once
+	slice     time.Duration
+	children  int // CHILD_SAs of the tunnel row
+	fileKeys  int // keys of one QKD-Key file of the intake row
+	inventory int // keys of the large inventory
+	profile   string
+	samples   string         // file of testenv/esp-bench.sh
+	only      *regexp.Regexp // names of rows
 }
 
 func main() {
@@ -68,6 +69,7 @@ func run(ctx context.Context, args []string) error {
 	fs.DurationVar(&o.slice, "slice", time.Second, "length of one turn")
 	fs.IntVar(&o.children, "children", 300, "CHILD_SAs of the tunnel row")
 	fs.IntVar(&o.fileKeys, "file-keys", 100_000, "keys of one QKD-Key file of the intake row")
+	fs.IntVar(&o.inventory, "inventory", 10_000_000, "keys of the large inventory")
 	fs.StringVar(&o.profile, "profile", "", "write a CPU profile of the tunnel row to this `file`")
 	fs.StringVar(&o.samples, "samples", "", "add the rows of this `file` of testenv/esp-bench.sh")
 	only := fs.String("run", "", "measure the rows with such a name only (`regexp`)")
@@ -78,8 +80,8 @@ func run(ctx context.Context, args []string) error {
 	if o.only, err = regexp.Compile(*only); err != nil {
 		return err
 	}
-	if fs.NArg() > 0 || o.rounds < 1 || o.clients < 1 || o.slice <= 0 || o.children < 1 || o.fileKeys < 1 {
-		return errors.New("-rounds, -clients, -slice, -children and -file-keys are 1 or more; there are no other arguments")
+	if fs.NArg() > 0 || o.rounds < 1 || o.clients < 1 || o.slice <= 0 || o.children < 1 || o.fileKeys < 1 || o.inventory < 1 {
+		return errors.New("-rounds, -clients, -slice, -children, -file-keys and -inventory are 1 or more; there are no other arguments")
 	}
 	return measure(ctx, o, os.Stdout)
 }
@@ -91,7 +93,7 @@ func measure(ctx context.Context, o options, w io.Writer) (err error) {
 		return err
 	}
 	machine(w)
-	for _, part := range []func(context.Context, options, *table) error{supplyRows, intakeRow} {
+	for _, part := range []func(context.Context, options, *table) error{supplyRows, intakeRow, inventoryRows} {
 		if err := part(ctx, o, &t); err != nil {
 			return err
 		}

@@ -3,17 +3,16 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
-	"flag"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/q-ipsec/q-ipsec/kms/etsi014"
@@ -21,75 +20,49 @@ import (
 	"github.com/q-ipsec/q-ipsec/kms/pki"
 )
 
-// The calls, as an SAE makes them. bodyForm is the answer to GetKey for one key
-// of 256 bits, which the bare server gives with other digits.
-const (
-	getKey    = `{"number":1,"size":256}`
-	getWithID = `{"key_IDs":[{"key_ID":"%s"}]}`
-	bodyForm  = `{"keys":[{"key_ID":"%s","key":"%s"}]}`
-	keyIDMark = `"key_ID":"`
-
-	retryPause = 10 * time.Millisecond
-)
-
-// bare serves any POST on -listen with an answer as long as that of GetKey, over
-// plain net/http and the TLS configuration of a node, until ctx ends.
-func bare(ctx context.Context, args []string) error {
-	fs := flag.NewFlagSet("bench bare", flag.ContinueOnError)
-	listen := fs.String("listen", "", "`address:port`")
-	var f pki.Files
-	fs.StringVar(&f.CA, "ca", "", "CA `file` of the clients")
-	fs.StringVar(&f.Cert, "cert", "", "certificate `file`")
-	fs.StringVar(&f.Key, "key", "", "key `file`")
-	if err := fs.Parse(args); err != nil {
-		return err
-	}
-	t, err := pki.Server(f, quiet())
-	if err != nil {
-		return err
-	}
-	t.NextProtos = []string{"http/1.1"}
-	body := fmt.Appendf(nil, bodyForm, key.ID{15: 1}, strings.Repeat("A", 43)+"=")
-	srv := &http.Server{TLSConfig: t, ReadHeaderTimeout: bound, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if _, err := io.Copy(io.Discard, r.Body); err != nil {
-			return
-		}
-		w.Header().Set("Content-Type", "application/json")
-		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
-		_, _ = w.Write(body) // the client sees what is missing
-	})}
-	l, err := net.Listen("tcp", *listen)
-	if err != nil {
-		return err
-	}
-	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
-	defer stop()
-	if err := srv.ServeTLS(l, "", ""); !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	return nil
-}
+// retryPause is how long a caller waits after an answer 503.
+const retryPause = 10 * time.Millisecond
 
 // caller is one client with connections of its own, to either node.
 type caller struct {
-	http [2]*http.Client
-	ids  []key.ID // of the keys that GetKey gave
-	body bytes.Buffer
-	took []time.Duration
-	late int // answers 503
+	http    [2]*http.Client
+	ids     []key.ID // of the keys that GetKey gave
+	body    bytes.Buffer
+	took    []time.Duration // of the calls of this turn
+	late    int             // answers 503
+	resumed atomic.Int64    // TLS sessions
 }
 
+// connection says how a caller connects.
+type connection int
+
+const (
+	keepAlive connection = iota
+	resume               // a new connection for each call, with TLS resumption
+	full                 // a new connection for each call, with a full handshake
+)
+
 // callers makes n clients.
-func (l *lab) callers(n int, reconnect bool) ([]*caller, error) {
+func (l *lab) callers(n int, how connection) ([]*caller, error) {
 	out := make([]*caller, n)
 	for i := range out {
-		out[i] = &caller{}
-		for node := range out[i].http {
+		c := &caller{}
+		out[i] = c
+		for node := range c.http {
 			t, err := pki.KMEClient(l.sae(node), false, quiet())
 			if err != nil {
 				return nil, err
 			}
-			out[i].http[node] = &http.Client{Timeout: bound, Transport: &http.Transport{TLSClientConfig: t, DisableKeepAlives: reconnect, DisableCompression: true}}
+			if how == full {
+				t.ClientSessionCache = nil
+			}
+			t.VerifyConnection = func(s tls.ConnectionState) error {
+				if s.DidResume {
+					c.resumed.Add(1)
+				}
+				return nil
+			}
+			c.http[node] = &http.Client{Timeout: bound, Transport: &http.Transport{TLSClientConfig: t, DisableKeepAlives: how != keepAlive, DisableCompression: true}}
 		}
 	}
 	return out, nil
@@ -103,26 +76,37 @@ func closeAll(cs []*caller) {
 	}
 }
 
-// call posts body to a node's client and gives the Key-ID of the answer. A node
-// that has no key leased yet is asked again; the time that takes counts.
-func (c *caller) call(node int, url, body string) (key.ID, error) {
+// call posts body to a node's client and keeps the Key-IDs of the answer, which has
+// n keys. A node that has no key leased yet is asked again; the time that takes
+// counts.
+func (c *caller) call(node int, url, body string, n int) error {
 	var resp *http.Response
 	for start := time.Now(); ; time.Sleep(retryPause) {
 		var err error
 		if resp, err = c.post(node, url, body); err != nil {
-			return key.ID{}, err
+			return err
 		}
 		if resp.StatusCode != http.StatusServiceUnavailable || time.Since(start) > bound {
 			break
 		}
 		c.late++
 	}
-	answer := c.body.Bytes()
-	at := bytes.Index(answer, []byte(keyIDMark)) + len(keyIDMark)
-	if resp.StatusCode != http.StatusOK || at < len(keyIDMark) || len(answer) != len(bodyForm)-4+36+44 {
-		return key.ID{}, fmt.Errorf("%s: %s, %d bytes", url, resp.Status, len(answer))
+	b := c.body.Bytes()
+	if resp.StatusCode != http.StatusOK || len(b) != sizes[n] {
+		return fmt.Errorf("%s: %s, %d bytes", url, resp.Status, len(b))
 	}
-	return key.ParseID(string(answer[at : at+36]))
+	for range n {
+		at := bytes.Index(b, []byte(keyIDMark)) + len(keyIDMark)
+		if at < len(keyIDMark) {
+			return fmt.Errorf("%s: not %d keys", url, n)
+		}
+		id, err := key.ParseID(string(b[at : at+36]))
+		if err != nil {
+			return err
+		}
+		c.ids, b = append(c.ids, id), b[at+36:]
+	}
+	return nil
 }
 
 // post reads the answer's body into c.body.
@@ -136,8 +120,20 @@ func (c *caller) post(node int, url, body string) (*http.Response, error) {
 	return resp, errors.Join(err, resp.Body.Close())
 }
 
-// work is one thing to measure: a call or two.
+// work is one thing to measure: a call or two. errEnough ends the caller's turn.
 type work func(c *caller) error
+
+var errEnough = errors.New("enough calls were made")
+
+// upTo is do, so many times in one turn of all callers together.
+func (o options) upTo(calls int, do work) work {
+	return func(c *caller) error {
+		if len(c.took) >= max(1, calls/o.clients) {
+			return errEnough
+		}
+		return do(c)
+	}
+}
 
 // supply is what the supply rows measure and what stands beside it.
 type supply struct {
@@ -145,47 +141,60 @@ type supply struct {
 	bare [2]string // URLs
 }
 
-// getKeys asks node a.
-func (s *supply) getKeys(c *caller) error {
-	id, err := c.call(0, s.url(0)+"/api/v1/keys/b-te/enc_keys", getKey)
-	if err == nil {
-		c.ids = append(c.ids, id)
-	}
-	return err
+// take asks node a for n keys.
+func (s *supply) take(c *caller, body string, n int) error {
+	return c.call(0, s.url(0)+"/api/v1/keys/b-te/enc_keys", body, n)
 }
 
+func (s *supply) getKeys(c *caller) error { return s.take(c, getKey, 1) }
+
 func (s *supply) bareCalls(c *caller) error {
-	id, err := c.call(0, s.bare[0], getKey)
-	if err == nil {
-		c.ids = append(c.ids, id)
-	}
-	return err
+	c.ids = c.ids[:0]
+	return c.call(0, s.bare[0], getKey, 1)
+}
+
+// batches asks node a for batchKeys at once.
+func (s *supply) batches(c *caller) error { return s.take(c, getBatch, batchKeys) }
+
+func (s *supply) bareBatches(c *caller) error {
+	c.ids = c.ids[:0]
+	return c.call(0, s.bare[0]+batchPath, getBatch, batchKeys)
 }
 
 // bothSides asks node a, and then node b for the same key.
 func (s *supply) bothSides(c *caller) error {
-	id, err := c.call(0, s.url(0)+"/api/v1/keys/b-te/enc_keys", getKey)
-	if err != nil {
+	c.ids = c.ids[:0]
+	if err := s.getKeys(c); err != nil {
 		return err
 	}
-	again, err := c.call(1, s.url(1)+"/api/v1/keys/a-te/dec_keys", fmt.Sprintf(getWithID, id))
-	if err == nil && again != id {
-		err = fmt.Errorf("asked for %s, got %s", id, again)
-	}
-	return err
+	return c.again(s.url(1) + "/api/v1/keys/a-te/dec_keys")
 }
 
 func (s *supply) bareTwice(c *caller) error {
-	id, err := c.call(0, s.bare[0], getKey)
-	if err != nil {
+	if err := s.bareCalls(c); err != nil {
 		return err
 	}
-	_, err = c.call(1, s.bare[1], fmt.Sprintf(getWithID, id))
-	return err
+	return c.again(s.bare[1])
+}
+
+// again asks node b for the one key that c has just been given.
+func (c *caller) again(url string) error {
+	id := c.ids[0]
+	if err := c.call(1, url, fmt.Sprintf(getWithID, id), 1); err != nil {
+		return err
+	}
+	if c.ids[1] != id {
+		return fmt.Errorf("asked for %s, got %s", id, c.ids[1])
+	}
+	c.ids = c.ids[:0]
+	return nil
 }
 
 // turn is what one slice of work came to.
-type turn struct{ rate, p50, p99, cpu float64 } // 1/s, then µs
+type turn struct {
+	rate, p50, p99, cpu float64 // 1/s, then µs
+	late                int     // answers 503
+}
 
 // drive runs do from all callers at once for d. Processor time is that of all
 // processes, ours included: what a call costs however busy the machine is.
@@ -206,6 +215,9 @@ func (l *lab) drive(ctx context.Context, cs []*caller, do work, d time.Duration)
 					return
 				}
 				if errs[i] = do(c); errs[i] != nil {
+					if errs[i] == errEnough {
+						errs[i] = nil
+					}
 					return
 				}
 				c.took = append(c.took, time.Since(begin))
@@ -223,18 +235,20 @@ func (l *lab) drive(ctx context.Context, cs []*caller, do work, d time.Duration)
 		return turn{}, err
 	}
 	var all []time.Duration
+	late := 0
 	for _, c := range cs {
 		all = append(all, c.took...)
+		late, c.late = late+c.late, 0
 	}
 	slices.Sort(all)
 	µs := func(q int) float64 { return float64(all[len(all)*q/100].Nanoseconds()) / 1000 }
 	cost := float64((after - before).Microseconds()) / float64(len(all))
-	return turn{float64(len(all)) / took.Seconds(), µs(50), µs(99), cost}, nil
+	return turn{float64(len(all)) / took.Seconds(), µs(50), µs(99), cost, late}, nil
 }
 
 // drain fetches at node b what was supplied at node a, so that no round finds
 // more keys waiting than the one before.
-func (s *supply) drain(ctx context.Context, slave *etsi014.Client, cs []*caller) error {
+func drain(ctx context.Context, slave *etsi014.Client, cs []*caller) error {
 	for _, c := range cs {
 		for ids := range slices.Chunk(c.ids, 128) {
 			keys, err := slave.GetKeyWithID(ctx, "a-te", ids, 256)
@@ -248,48 +262,78 @@ func (s *supply) drain(ctx context.Context, slave *etsi014.Client, cs []*caller)
 	return nil
 }
 
-// compare lets ours and reference take turns; who begins changes.
-func (s *supply) compare(ctx context.Context, o options, reconnect bool, ours, reference work) (value, ref []turn, late int, err error) {
-	t, err := pki.KMEClient(s.sae(1), false, quiet())
+// side is what is measured, or its reference.
+type side struct {
+	do   work
+	how  connection
+	bare bool // of the bare server
+}
+
+// match is one comparison.
+type match struct {
+	name, against   string
+	ours, reference side
+	keys            int // of node a's own that are there before each round
+	slice           time.Duration
+	of              float64 // keys of one call
+	least, p99      float64 // goals of the rates' and of the p99's ratio
+}
+
+// compare lets both sides of m take turns; who begins changes.
+func (s *supply) compare(ctx context.Context, o options, m match) (value, ref []turn, err error) {
+	slave, err := s.slave()
 	if err != nil {
-		return nil, nil, 0, err
-	}
-	slave, err := etsi014.NewClient(etsi014.ClientConfig{URL: s.url(1), TLS: t})
-	if err != nil {
-		return nil, nil, 0, err
+		return nil, nil, err
 	}
 	defer slave.Close()
-	cs, err := s.callers(o.clients, reconnect)
-	if err != nil {
-		return nil, nil, 0, err
+	sides := [2]side{m.ours, m.reference}
+	var cs [2][]*caller
+	for i, side := range sides {
+		if cs[i], err = s.callers(o.clients, side.how); err != nil {
+			return nil, nil, err
+		}
+		defer closeAll(cs[i])
 	}
-	defer closeAll(cs)
 	for round := -1; round < o.rounds; round++ { // the first one warms up
-		if err := s.topUp(ctx, 40_000); err != nil {
-			return nil, nil, 0, err
+		if err := s.topUp(ctx, m.keys, 50_000); err != nil {
+			return nil, nil, err
 		}
 		var got [2]turn
 		for i := range got {
 			which := (i + round + 2) % 2
-			if got[which], err = s.drive(ctx, cs, [2]work{ours, reference}[which], o.slice); err != nil {
-				return nil, nil, 0, err
+			if got[which], err = s.drive(ctx, cs[which], sides[which].do, m.slice); err != nil {
+				return nil, nil, err
 			}
-			if which == 1 {
-				for _, c := range cs {
-					c.ids = c.ids[:0] // the bare server's
-				}
-			} else if err := s.drain(ctx, slave, cs); err != nil {
-				return nil, nil, 0, err
+			if sides[which].bare {
+				continue
+			}
+			if err := drain(ctx, slave, cs[which]); err != nil {
+				return nil, nil, err
 			}
 		}
 		if round >= 0 {
 			value, ref = append(value, got[0]), append(ref, got[1])
 		}
 	}
-	for _, c := range cs {
-		late += c.late
+	for i, side := range sides {
+		var resumed int64
+		for _, c := range cs[i] {
+			resumed += c.resumed.Load()
+		}
+		if (side.how == resume) != (resumed > 0) {
+			return nil, nil, fmt.Errorf("%d TLS sessions were resumed", resumed)
+		}
 	}
-	return value, ref, late, nil
+	return value, ref, nil
+}
+
+// slave is a client of node b's.
+func (l *lab) slave() (*etsi014.Client, error) {
+	t, err := pki.KMEClient(l.sae(1), false, quiet())
+	if err != nil {
+		return nil, err
+	}
+	return etsi014.NewClient(etsi014.ClientConfig{URL: l.url(1), TLS: t})
 }
 
 func column(turns []turn, of func(turn) float64) sample {
@@ -338,36 +382,59 @@ func supplyRows(ctx context.Context, o options, t *table) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.close()) }()
-	rate := func(t turn) float64 { return t.rate }
-	for _, r := range []struct {
-		name            string
-		reconnect       bool
-		ours, reference work
-		against         string
-		least, p99      float64
-	}{
-		{"GetKey over mTLS, keep-alive, durable, sealed", false, s.getKeys, s.bareCalls, "bare mTLS handler", 0.6, 3},
-		{"GetKey, a new connection per call", true, s.getKeys, s.bareCalls, "bare mTLS handler", 0.9, 0},
-		{"GetKey + GetKeyWithID across two nodes", false, s.bothSides, s.bareTwice, "two bare calls", 0.5, 0},
+	const keys, many = 40_000, 100_000
+	const handler = "bare mTLS handler"
+	for _, m := range []match{
+		{
+			name: "GetKey over mTLS, keep-alive, durable, sealed", ours: side{do: s.getKeys}, reference: side{do: s.bareCalls, bare: true},
+			against: handler, keys: keys, slice: o.slice, of: 1, least: 0.6, p99: 3,
+		}, {
+			name: "GetKey, a new connection per call", ours: side{do: s.getKeys, how: resume}, reference: side{do: s.bareCalls, how: resume, bare: true},
+			against: handler, keys: keys, slice: o.slice, of: 1, least: 0.9,
+		}, {
+			name: "GetKey, a new connection per call, TLS resumed", ours: side{do: s.getKeys, how: resume}, reference: side{do: s.getKeys, how: full},
+			against: "a full handshake", keys: keys, slice: o.slice, of: 1,
+		}, {
+			name: "GetKey, batches of number=100", ours: side{do: o.upTo(many*9/10/batchKeys, s.batches)}, reference: side{do: s.bareBatches, bare: true},
+			against: handler, keys: many, slice: o.slice, of: batchKeys,
+		}, {
+			name: "GetKey + GetKeyWithID across two nodes", ours: side{do: s.bothSides}, reference: side{do: s.bareTwice, bare: true},
+			against: "two bare calls", keys: keys, slice: o.slice, of: 1, least: 0.5,
+		},
 	} {
-		if !o.only.MatchString(r.name) {
+		if !o.only.MatchString(m.name) {
 			continue
 		}
-		value, ref, late, err := s.compare(ctx, o, r.reconnect, r.ours, r.reference)
+		value, ref, err := s.compare(ctx, o, m)
 		if err != nil {
-			return fmt.Errorf("%s: %w", r.name, err)
+			return fmt.Errorf("%s: %w", m.name, err)
 		}
-		if late > 0 {
-			t.note("%s: %d answers were 503, no key leased yet, and repeated", r.name, late)
-		}
-		t.add(r.name, "1/s", column(value, rate), column(ref, rate), r.against, goal{least: r.least})
-		p50, p99 := func(t turn) float64 { return t.p50 }, func(t turn) float64 { return t.p99 }
-		t.add(r.name+": median", "µs", column(value, p50), column(ref, p50), r.against, goal{})
-		cpu := func(t turn) float64 { return t.cpu }
-		if v, ref := column(value, cpu), column(ref, cpu); slices.Min(v) > 0 && slices.Min(ref) > 0 { // ticks of 10 ms are too coarse for short turns
-			t.add(r.name+": processor time, all processes", "µs", v, ref, r.against, goal{})
-		}
-		t.add(r.name+": p99", "µs", column(value, p99), column(ref, p99), r.against, goal{most: r.p99})
+		m.rows(value, ref, t)
 	}
 	return tunnelRow(ctx, o, s.lab, t)
+}
+
+// rows adds what both sides came to.
+func (m match) rows(value, ref []turn, t *table) {
+	late := 0
+	for _, v := range value {
+		late += v.late
+	}
+	if late > 0 {
+		t.note("%s: %d answers were 503, no key leased yet, and repeated", m.name, late)
+	}
+	add := func(what, unit string, of func(turn) float64, g goal) {
+		v, r := column(value, of), column(ref, of)
+		if slices.Min(v) > 0 && slices.Min(r) > 0 { // ticks of processor time are too coarse for short turns
+			t.add(m.name+what, unit, v, r, m.against, g)
+		}
+	}
+	unit := "1/s"
+	if m.of > 1 {
+		unit = "keys/s"
+	}
+	add("", unit, func(t turn) float64 { return m.of * t.rate }, goal{least: m.least})
+	add(": median", "µs", func(t turn) float64 { return t.p50 }, goal{})
+	add(": processor time, all processes", "µs", func(t turn) float64 { return t.cpu }, goal{})
+	add(": p99", "µs", func(t turn) float64 { return t.p99 }, goal{most: m.p99})
 }

@@ -305,7 +305,7 @@ func tunnelRow(ctx context.Context, o options, l *lab, t *table) (err error) {
 	if !o.only.MatchString(name) {
 		return nil
 	}
-	if err := l.topUp(ctx, 4*o.children); err != nil {
+	if err := l.topUp(ctx, 4*o.children, 50_000); err != nil {
 		return err
 	}
 	run, err := os.MkdirTemp(volatile(), "qipsec-bench-") // qipsecd's journal lies below /run
