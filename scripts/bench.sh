@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # bench.sh: the table of measurements, behind `make bench`; numbers in
-# out/bench.json. Arguments go to testenv/bench (-rounds, -slice, ...; -h lists
-# them). A quiet machine gives narrow quartiles; on a busy one look at the ratios.
+# out/bench.json, the README's section as it should read in out/bench.md. Arguments
+# go to testenv/bench (-rounds, -slice, ...; -h lists them). A quiet machine gives
+# narrow quartiles; on a busy one look at the ratios.
 #
 # The rows rekey-loss and esp-throughput are measured first, in testenv/run, and take
 # three minutes. They are left out with BENCH_ESP=0, or where what they need is not
@@ -40,9 +41,10 @@ esp_rows() {
 CGO_ENABLED=0 go build -trimpath -o bin/bench ./testenv/bench
 commit=$(git rev-parse --short HEAD 2>/dev/null) || commit=unknown
 [ -z "$(git status --porcelain -uno 2>/dev/null)" ] || commit+=" and changes"
-printf '%s, commit %s\n' "$(date -u +%Y-%m-%d)" "$commit"
+what="$(date -u +%Y-%m-%d), commit $commit"
+echo "$what"
 failed=0
 case ${1:-} in -h | -help | --help) BENCH_ESP=0 ;; esac
 if esp_rows; then set -- -samples "$esp/samples" "$@"; fi
-bin/bench "$@" || failed=1
+bin/bench -markdown out/bench.md -of ", $what" "$@" || failed=1
 exit "$failed"

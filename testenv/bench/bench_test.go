@@ -237,6 +237,9 @@ func TestTable(t *testing.T) {
 	tb.add("late", "ms", sample{6, 5, 4}, nil, "", goal{most: 4.9})
 	tb.add("record", "Mbit/s", sample{100, 200}, sample{100}, "published", goal{least: 1})
 	tb.add("shown", "ms", sample{3}, nil, "", goal{})
+	tb.add("shown: a detail", "ms", sample{3}, nil, "", goal{})
+	tb.add("  of it a detail", "ms", sample{3}, nil, "", goal{})
+	tb.add("large", "1/s", sample{24070.4}, nil, "", goal{})
 	want := []struct {
 		value, ratio float64
 		met          string
@@ -257,6 +260,24 @@ func TestTable(t *testing.T) {
 	}
 	var out strings.Builder
 	tb.print(&out)
+	md := filepath.Join(t.TempDir(), "md")
+	if err := tb.markdown(md, "a machine, a day"); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(md)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range []string{
+		"`make bench`, a machine, a day.", "\n| fast enough | 70 1/s | 100, bare | 0.70 | >= 0.7 met |\n", "\n| late | 5 ms | - | - | <= 4.9 missed |\n", "\n| shown | 3 ms | - | - |  |\n", "\n| large | 24070 1/s |",
+	} {
+		if !strings.Contains(string(text), w) {
+			t.Errorf("no %q in\n%s", w, text)
+		}
+	}
+	if strings.Contains(string(text), "detail") {
+		t.Errorf("a detail stands in\n%s", text)
+	}
 	for _, w := range []string{">= 0.7 met", ">= 0.7 missed", "<= 4.9 missed", "70 (65-75)"} {
 		if !strings.Contains(out.String(), w) {
 			t.Errorf("no %q in\n%s", w, &out)

@@ -37,6 +37,8 @@ type options struct {
 	inventory int // keys of the large inventory
 	profile   string
 	samples   string         // file of testenv/esp-bench.sh
+	markdown  string         // file for the README's table
+	of        string         // date and commit, for the same
 	only      *regexp.Regexp // names of rows
 }
 
@@ -72,6 +74,8 @@ func run(ctx context.Context, args []string) error {
 	fs.IntVar(&o.inventory, "inventory", 10_000_000, "keys of the large inventory")
 	fs.StringVar(&o.profile, "profile", "", "write a CPU profile of the tunnel row to this `file`")
 	fs.StringVar(&o.samples, "samples", "", "add the rows of this `file` of testenv/esp-bench.sh")
+	fs.StringVar(&o.markdown, "markdown", "", "write the README's table of measurements to this `file`")
+	fs.StringVar(&o.of, "of", "", "`text` that says in it, behind the machine, what was measured")
 	only := fs.String("run", "", "measure the rows with such a name only (`regexp`)")
 	if err := fs.Parse(args); err != nil {
 		return err
@@ -92,7 +96,8 @@ func measure(ctx context.Context, o options, w io.Writer) (err error) {
 	if err := os.MkdirAll(filepath.Dir(o.out), 0o755); err != nil {
 		return err
 	}
-	machine(w)
+	name, load := machine()
+	fmt.Fprintf(w, "%s, %s\n", name, load)
 	for _, part := range []func(context.Context, options, *table) error{supplyRows, intakeRow, inventoryRows} {
 		if err := part(ctx, o, &t); err != nil {
 			return err
@@ -102,6 +107,11 @@ func measure(ctx context.Context, o options, w io.Writer) (err error) {
 		return err
 	}
 	t.print(w)
+	if o.markdown != "" {
+		if err := t.markdown(o.markdown, name+o.of); err != nil {
+			return err
+		}
+	}
 	return t.write(o.out)
 }
 

@@ -128,20 +128,14 @@ func (t *table) print(w io.Writer) {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(tw, "what\tunit\tmedian (quartiles)\treference\tratio\ttarget\t")
 	for _, r := range t.rows {
-		ref, ratio, verdict := "-", "-", ""
+		ref, ratio := "-", "-"
 		if r.Reference != nil {
 			ref = r.refRead + " " + r.against
 		}
 		if r.Ratio != nil {
 			ratio = fmt.Sprintf("%.2f", *r.Ratio)
 		}
-		if r.Met != nil {
-			verdict = r.goal + " missed"
-			if *r.Met {
-				verdict = r.goal + " met"
-			}
-		}
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t\n", r.Name, r.Unit, r.spread, ref, ratio, verdict)
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t\n", r.Name, r.Unit, r.spread, ref, ratio, r.verdict())
 	}
 	_ = tw.Flush() // w is a terminal or a buffer
 	for _, n := range t.notes {
@@ -161,9 +155,51 @@ func (t *table) write(name string) error {
 	return os.WriteFile(name, b.Bytes(), 0o644)
 }
 
+// markdown writes the rows that have a target, and those that are no detail of
+// another, as the README's section.
+func (t *table) markdown(name, of string) error {
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "## Measurements\n\n`make bench`, %s. Medians; each row beside its reference, which ran in turns with it.\n\n", of)
+	b.WriteString("| what | median | reference | ratio | target |\n|---|---|---|---|---|\n")
+	for _, r := range t.rows {
+		if r.Met == nil && (strings.Contains(r.Name, ": ") || strings.HasPrefix(r.Name, " ")) {
+			continue
+		}
+		ref, ratio := "-", "-"
+		if r.Reference != nil {
+			ref = plain(*r.Reference) + ", " + r.against
+		}
+		if r.Ratio != nil {
+			ratio = fmt.Sprintf("%.2f", *r.Ratio)
+		}
+		fmt.Fprintf(&b, "| %s | %s %s | %s | %s | %s |\n", r.Name, plain(r.Value), r.Unit, ref, ratio, r.verdict())
+	}
+	return os.WriteFile(name, b.Bytes(), 0o644)
+}
+
+// plain shows v with three digits, or its integer part if that has more.
+func plain(v float64) string {
+	if v >= 1000 {
+		return fmt.Sprintf("%.0f", v)
+	}
+	return fmt.Sprintf("%.3g", v)
+}
+
+// verdict is the target with whether it is met.
+func (r *row) verdict() string {
+	switch {
+	case r.Met == nil:
+		return ""
+	case *r.Met:
+		return r.goal + " met"
+	}
+	return r.goal + " missed"
+}
+
 // machine says where the numbers come from and what else ran there.
-func machine(w io.Writer) {
-	model, load := "unknown processor", "unknown load"
+func machine() (name, load string) {
+	model := "unknown processor"
+	load = "unknown load"
 	if b, err := os.ReadFile("/proc/cpuinfo"); err == nil {
 		for line := range strings.Lines(string(b)) {
 			if name, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
@@ -175,5 +211,5 @@ func machine(w io.Writer) {
 	if b, err := os.ReadFile("/proc/loadavg"); err == nil {
 		load = "load before " + strings.Join(strings.Fields(string(b))[:3], " ")
 	}
-	fmt.Fprintf(w, "%s, %d processors, %s, %s\n", model, runtime.NumCPU(), runtime.Version(), load)
+	return fmt.Sprintf("%s, %d processors, %s", model, runtime.NumCPU(), runtime.Version()), load
 }
