@@ -20,7 +20,7 @@ const (
 	// hardly while the peer's SAEs fetch keys faster than that, as its pulls show.
 	// Times are from the start of one batch to that of the next.
 	gatherTime  = 10 * time.Millisecond
-	hurryGather = 100 * time.Microsecond
+	hurryGather = 50 * time.Microsecond
 	hurryTime   = time.Second // after a pull
 )
 

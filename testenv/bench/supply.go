@@ -395,11 +395,11 @@ func supplyRows(ctx context.Context, o options, t *table) (err error) {
 			name: "GetKey, a new connection per call, TLS resumed", ours: side{do: s.getKeys, how: resume}, reference: side{do: s.getKeys, how: full},
 			against: "a full handshake", keys: keys, slice: o.slice, of: 1,
 		}, {
-			name: "GetKey, batches of number=100", ours: side{do: o.upTo(many*9/10/batchKeys, s.batches)}, reference: side{do: s.bareBatches, bare: true},
-			against: handler, keys: many, slice: o.slice, of: batchKeys,
-		}, {
 			name: "GetKey + GetKeyWithID across two nodes", ours: side{do: s.bothSides}, reference: side{do: s.bareTwice, bare: true},
 			against: "two bare calls", keys: keys, slice: o.slice, of: 1, least: 0.5,
+		}, { // last, as it fills the usage history
+			name: "GetKey, batches of number=100", ours: side{do: o.upTo(many*9/10/batchKeys, s.batches)}, reference: side{do: s.bareBatches, bare: true},
+			against: handler, keys: many, slice: o.slice, of: batchKeys,
 		},
 	} {
 		if !o.only.MatchString(m.name) {
