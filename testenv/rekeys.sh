@@ -1,16 +1,41 @@
 #!/bin/bash
 # rekeys.sh: COUNT (100) CHILD_SA rekeys under a ping every 5 ms, by either side
-# in turn: no packet lost, no Key-ID twice, both ends' SAs equal.
+# in turn: no packet lost, no Key-ID twice, both ends' SAs equal; memory and file
+# descriptors of all four daemons stay as they were after the first fifth.
 #
 # usage: testenv/run testenv/rekeys.sh
+# To see it fail, with status 1: TESTENV_BREAK=leak (more is held at the end).
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=testenv/gateways.sh
 . "$here/gateways.sh"
 # shellcheck source=testenv/qipsec.sh
 . "$here/qipsec.sh"
 
+# held: NODE/DAEMON RSS FDS of each, kB and a count.
+held() {
+    local n d pid
+    for n in a b; do
+        for d in qipsecd charon; do
+            pid=${task_pid[$n/$d]}
+            echo "$n/$d $(awk '/^VmRSS/ { print $2 }' "/proc/$pid/status") $(ls "/proc/$pid/fd" | wc -l)"
+        done
+    done
+}
+
+# flat: by $GW/held.first and held.last no daemon grew by more than a quarter and
+# 8 MiB, nor by more than 8 descriptors.
+flat() {
+    paste -d' ' "$GW/held.first" "$GW/held.last" |
+        awk '{ if (!($2 && $3 && $5 <= $2 * 1.25 + 8192 && $6 <= $3 + 8)) { print "grew:", $0; bad = 1 } } END { exit bad || NR != 4 }'
+}
+
+rekey_both() { # COUNT
+    "$BIN/rekeyer" -a "$GW/a/run/q-ipsec/operator.sock" -b "$GW/b/run/q-ipsec/operator.sock" -count "$1"
+}
+
 main() {
-    local n count=${COUNT:-100} ping lost sent
+    local n count=${COUNT:-100} ping lost sent first
+    first=$(((count + 4) / 5))
     gw_up && site_up && sftp_intake || fail "cannot prepare"
     for n in b a; do gateway_up "$n" || fail "gateway $n does not start"; done
     qkdsim_start "" "first_keys = 5000"
@@ -20,8 +45,13 @@ main() {
     # its own process, not a function's subshell: SIGINT must reach ping itself
     nsenter --net=/run/netns/ha ping -q -i 0.005 -W 2 10.2.0.2 >"$GW/a/log/ping.log" &
     ping=$!
-    check "$count rekeys by either side in turn, each with a fresh Key-ID, both ends' SAs equal" \
-        "$BIN/rekeyer" -a "$GW/a/run/q-ipsec/operator.sock" -b "$GW/b/run/q-ipsec/operator.sock" -count "$count"
+    check "$first rekeys by either side in turn, each with a fresh Key-ID, both ends' SAs equal" rekey_both "$first"
+    held >"$GW/held.first"
+    check "and $((count - first)) more" rekey_both $((count - first))
+    held >"$GW/held.last"
+    [ "${TESTENV_BREAK:-}" != leak ] || sed -i 's/ [0-9]* / 1 /' "$GW/held.first"
+    paste -d' ' "$GW/held.first" "$GW/held.last" | awk '{ printf "      %s: %d kB and %d descriptors, at the end %d and %d\n", $1, $2, $3, $5, $6 }'
+    check "no daemon's memory or descriptors grew" flat
     kill -INT "$ping"
     wait "$ping"
     sent=$(awk '/packets transmitted/ { print $1 }' "$GW/a/log/ping.log")
@@ -29,6 +59,7 @@ main() {
     check "a ping every 5 ms meanwhile: $lost of $sent packets lost" [ "${lost:-1}" -eq 0 ]
     check "as many pings as that takes were sent" [ "${sent:-0}" -gt $((count * 10)) ]
     check "both ends used the same Key-IDs in the same order" [ "$(installed_keys a)" = "$(installed_keys b)" ]
+    check "no Key-ID came twice" [ -z "$(installed_keys a | sort | uniq -d)" ]
     check "both kernels hold the same SAs with equal keys" await 20 states_equal
 }
 
