@@ -227,7 +227,7 @@ enter() {
     before=$(sa_keys a) # from now on with its keys
     await 60 rekeyed "$before" || fail "no rekey in the world '$1'"
 }
-rekeyed() { qipsec a tunnels rekey a-b >>"$GW/a/log/rekey.log" 2>&1; await 5 renewed "$1"; }
+rekeyed() { qipsec a tunnels rekey a-b >>"$GW/a/log/rekey.log" 2>&1; await 10 renewed "$1"; } # an old inbound SA stays 5 s
 other_kme() {
     [ -e "$GW/$1/run/etc/pki/$1-ipsec.crt" ] ||
         "$BIN/qipsec" pki issue --ca "$GW/site/ca" --out "$GW/$1/run/etc/pki" sae "$1-ipsec" >>"$GW/init.log" 2>&1 || return
