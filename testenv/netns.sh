@@ -184,10 +184,17 @@ tunnel() {
     ends "--down"
 }
 
+# interrupted: Ctrl-C comes where it hurts most: a charon has begun, and the script has
+# not noted down yet that it is there.
 interrupted() {
-    begin second.log --policy optional west east
-    reached '^Both QKMS' "it starts again, the other way round"
-    kill -INT "$run"
+    cat >"$GW/interrupt.bash" <<-'END'
+	set -o functrace
+	trap '[[ ${FUNCNAME[0]:-} != record || $1 != charon ]] || kill -INT $$' DEBUG
+	END
+    BASH_ENV=$GW/interrupt.bash begin second.log --policy optional west east
+    reached '^All is ended' "it starts again, the other way round, and is interrupted"
+    check "that came while it started" grep -q '^Both QKMS' "$log"
+    check "no tunnel came up before" bash -c '! grep -q "^The tunnel is up" "$0"' "$log"
     ends "Ctrl-C while it starts"
 }
 

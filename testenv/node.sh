@@ -18,6 +18,9 @@
 #   note TEXT...                   a line of the story
 #   fail TEXT...                   ends the script, status 1
 #   started PID                    when PID started; fails if it has ended
+#
+# What sources it may define node_starts N NAME, called before a process of node N
+# begins, and node_started N NAME PID, called when its PID is known.
 
 declare -A node_pid=() task_pid=()
 
@@ -46,6 +49,9 @@ started() {
     [ "$1" != Z ] && echo "${20}"
 }
 
+# hook NAME ARGS...: NAME, if it is defined.
+hook() { ! declare -F "$1" >/dev/null || "$@"; }
+
 # node_make N [NETNS]. If $GW/N has a passwd, group or shadow, it is the node's.
 # Propagation slave: what others unmount, a deleted namespace above all, goes here too.
 node_make() {
@@ -53,6 +59,7 @@ node_make() {
     mkdir -p "$GW/$n"/{log,run/lock,run/strongswan.d} "$GW/$n/plugins" \
         "$GW/$n"/swanctl/{conf.d,x509,x509ca,x509ocsp,x509aa,x509ac,x509crl,pubkey,private,rsa,ecdsa,bliss,pkcs8,pkcs12} || return
     cp -a /usr/lib/ipsec/plugins/. "$GW/$n/plugins/" || return
+    hook node_starts "$n" node
     setsid nsenter --net="/run/netns/${2:-$n}" unshare --mount --propagation slave \
         bash -c '
             mount --bind "$1/swanctl" /etc/swanctl || exit
@@ -64,7 +71,8 @@ node_make() {
             : >/run/ready
             exec sleep infinity' node "$GW/$n" >"$GW/$n/log/node.log" 2>&1 &
     node_pid[$n]=$!
-    echo "$!" >"$GW/$n/pid" # for testenv/shell
+    hook node_started "$n" node "$!"
+    echo "${node_pid[$n]}" >"$GW/$n/pid" # for testenv/shell
     await 20 test -e "$GW/$n/run/ready" || { cat "$GW/$n/log/node.log" >&2; return 1; }
 }
 
@@ -94,9 +102,10 @@ node_start() {
     shift 2
     node_enter "$n"
     mkdir -p "$GW/$n/log"
+    hook node_starts "$n" "$name"
     setsid "${enter[@]}" "$@" </dev/null >>"$GW/$n/log/$name.log" 2>&1 &
     task_pid[$n/$name]=$!
-    if declare -F node_started >/dev/null; then node_started "$n" "$name" "$!"; fi
+    hook node_started "$n" "$name" "$!"
 }
 
 node_alive() { kill -0 "${task_pid[$1/$2]}" 2>/dev/null; }
