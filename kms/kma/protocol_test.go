@@ -409,6 +409,28 @@ func TestSessionRules(t *testing.T) {
 	}
 }
 
+// TestBurnIsDurable: a BURN above the mark that this node knows, whose LEASE was lost
+// and whose SYNC came late, takes the keys from the disk, too: they were leased, so
+// the peer never reads them again.
+func TestBurnIsDurable(t *testing.T) {
+	s := newSlave(t, nil)
+	one := s.file(t, 1, 20)
+	s.verdicts(t, one)
+	s.me = uuid.New()
+	s.sync(t, s.me, 6, type1.SyncState{NewestSeq: 1, Active: []type1.Range{{First: 1, Last: 1}}})
+	before := s.info(s.b).Active
+	mark := key.At(1, 8)
+	if _, err := s.ag.Burn(t.Context(), "a", type1.BurnRequest{Pool: pairID, Link: s.link(), Generation: 6, UpTo: type1.Position(mark)}); err != nil {
+		t.Fatal(err)
+	}
+	if i := s.info(s.b); i.PeerMark != mark || i.Active >= before {
+		t.Errorf("after the burn of %d active keys up to %s: %+v", before, mark, i)
+	}
+	if _, err := s.lease(t, 0, key.At(1, 6), 1); err == nil {
+		t.Error("a lease of burned keys was acknowledged")
+	}
+}
+
 func TestHopeless(t *testing.T) {
 	const none, received, active = 0, 1, 2
 	for _, tt := range []struct {

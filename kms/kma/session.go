@@ -142,12 +142,23 @@ func (p *pool) onSync(ctx context.Context, r type1.SyncRequest) (type1.SyncRespo
 	return type1.SyncResponse{SyncState: st}, err
 }
 
-// onBurn destroys what the peer's lost leases left here; with the turn.
+// onBurn destroys what the peer's lost leases left here; with the turn. Its mark may
+// be higher than the one that the peer's SYNC told: that one can have been made
+// before the peer read its own disk's last lease back.
 func (p *pool) onBurn(ctx context.Context, r type1.BurnRequest) (type1.BurnResponse, error) {
 	if err := p.checkStart(r.Link, r.Generation); err != nil {
 		return type1.BurnResponse{}, err
 	}
 	upTo := key.Position(r.UpTo)
+	info, err := p.a.o.Store.Pool(ctx, p.ID)
+	if err != nil {
+		return type1.BurnResponse{}, err
+	}
+	if upTo > info.PeerMark {
+		if _, err := p.a.o.Store.AdoptMark(ctx, p.ID, Other, upTo); err != nil {
+			return type1.BurnResponse{}, fmt.Errorf("kma: adopt the peer's mark %s: %w", upTo, err)
+		}
+	}
 	kept, gone := p.drop(upTo, p.a.keep(p.ID, upTo))
 	if gone > 0 || len(kept) > 0 {
 		p.log.Info("the peer has burned its leases", "up_to", upTo, "destroyed", gone, "kept", len(kept))
