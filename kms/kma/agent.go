@@ -65,6 +65,7 @@ func New(ctx context.Context, o Options) (*Agent, error) {
 		if err := o.Store.EnsurePool(ctx, p.ID, p.Peer, p.Role, p.Class); err != nil {
 			return nil, fmt.Errorf("kma: pool %s with %s: %w", p.ID, p.Peer, err)
 		}
+		p.generation = o.Store.Generation()
 		p.refresh(ctx)
 	}
 	return a, nil

@@ -576,6 +576,54 @@ func TestRestoredStore(t *testing.T) {
 	}
 }
 
+// TestRestoredManyStartsBack: a store that was started less often than the peer
+// knows is not refused until it was started often enough; its generation goes past
+// what the peer knows, once, with one alarm. A peer that only restarts knows our
+// generation, too, and is none.
+func TestRestoredManyStartsBack(t *testing.T) {
+	for _, who := range []string{"a", "b"} {
+		t.Run(who, func(t *testing.T) {
+			w := newWorld(t, nil)
+			l := newLedger(w)
+			w.both(l.keep)
+			n := w.a
+			if who == "b" {
+				n = w.b
+			}
+			lease := func(seq uint64) {
+				w.feed(seq, 600, nil)
+				w.want("agreement", func() bool { return w.info(n).NewestSeq == seq && w.agreed() && w.info(n).Mark.Seq() > 0 })
+			}
+			lease(1)
+			w.halt(n)
+			saved := t.TempDir()
+			copyTree(t, n.dir, saved)
+			for range 4 {
+				w.start(n, l.keep)
+				w.want("agreement", func() bool { return w.agreed() && w.info(n).Mark == w.info(w.other(n)).PeerMark })
+				w.halt(n)
+			}
+			if n.events.count("STORE_RESTORED") != 0 {
+				t.Fatalf("an alarm without a restore: %v", n.events.codes)
+			}
+			known := w.info(w.other(n)).PeerGeneration
+			restoreTree(t, saved, n.dir)
+			w.start(n, l.keep)
+			w.want("agreement", w.agreed)
+			if g := n.cur.Load().inv.Generation(); g <= known || n.events.count("STORE_RESTORED") == 0 {
+				t.Errorf("generation %d, the peer had known %d; events %v", g, known, n.events.codes)
+			}
+			w.kill(w.other(n))
+			w.start(w.other(n), l.keep)
+			before := n.events.count("STORE_RESTORED")
+			w.want("agreement", func() bool { return w.agreed() && n.cur.Load().agent.pools[pairID].met(w.other(n)) })
+			if after := n.events.count("STORE_RESTORED"); after != before {
+				t.Errorf("the peer's restart gave %d alarms", after-before)
+			}
+		})
+	}
+}
+
 // TestMisfortune is the property that all rests on: whatever is lost, repeated
 // or delayed, and whenever either side is killed, no key is taken or claimed
 // twice, none has other bytes, and in the end both sides agree.

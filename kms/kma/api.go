@@ -112,6 +112,7 @@ const (
 // contract of each method. Field for field these types are the store's.
 type Store interface {
 	Generation() uint64
+	RaiseGeneration(ctx context.Context, above uint64) (uint64, error)
 	EnsurePool(ctx context.Context, id uuid.UUID, peer string, role key.Role, class key.Class) error
 	Pool(ctx context.Context, id uuid.UUID) (PoolInfo, error)
 	PutBlock(ctx context.Context, b Block) error

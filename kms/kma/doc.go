@@ -8,13 +8,18 @@
 // Every start of an Agent takes a random instance. Two nodes speak about a pool
 // within a session of two instances; SYNC opens it, and every other message
 // names both, so that nothing that was sent to or by a process that is gone has
-// any effect. A node that meets a new instance of its peer
+// any effect. That goes for SYNC, too: a node meets its peer by an answer to its
+// own SYNC, or by one that names its instance, and it is through once an answer
+// names it. Any other SYNC is answered and not believed: it may come late. A node
+// that meets a new instance of its peer
 //
 //  1. wipes its own leased keys, whose copies the peer has lost,
 //  2. adopts the higher of the marks either side knows,
 //  3. destroys blocks that can never be active on both sides,
 //
-// and supplies nothing until its own SYNC and BURN were answered. The peer's
+// and supplies nothing until its own SYNC and BURN were answered. Where the peer
+// knows a later start of this node than its store does, the store was restored from
+// a copy: its generation goes past that. The peer's
 // leased keys stay claimable until the peer's BURN arrives: of those the KSA
 // keeps what it has supply notices for.
 //

@@ -53,7 +53,7 @@ func FuzzPeer(f *testing.F) {
 	me := uuid.MustParse("11111111-6a0e-4c3b-9b1e-0f1e2d3c4b5a")
 	link := type1.Link{From: me, To: a.instance}
 	for i, m := range []any{
-		type1.SyncRequest{Pool: pairID, SyncState: type1.SyncState{Instance: me, Generation: 1, NewestSeq: 9, Active: []type1.Range{{First: 1, Last: 2}}}},
+		type1.SyncRequest{Pool: pairID, SyncState: type1.SyncState{Instance: me, Generation: 1, PeerInstance: a.instance, NewestSeq: 9, Active: []type1.Range{{First: 1, Last: 2}}}},
 		type1.LeaseRequest{Pool: pairID, Link: link, Generation: 1, Purpose: "supply", Mark: type1.Position(key.At(1, 4)), Seqs: []uint64{1}},
 		type1.BurnRequest{Pool: pairID, Link: link, UpTo: type1.Position(key.At(1, 4))},
 		type1.ValidateRequest{Pool: pairID, Link: link, Algorithm: Poly1305, Items: []type1.ValidateItem{{Seq: 1, Tag: make([]byte, 16)}}, Destroyed: []uint64{2}},

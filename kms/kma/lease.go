@@ -80,7 +80,7 @@ func (p *pool) openLease(ctx context.Context) error {
 		return err
 	}
 	defer p.refresh(ctx)
-	if err := store.Advance(ctx, p.ID, Own, mark, type1.PurposeSupply, store.Generation()); err != nil {
+	if err := store.Advance(ctx, p.ID, Own, mark, type1.PurposeSupply, p.generation); err != nil {
 		return fmt.Errorf("kma: lease up to %s: %w", mark, err)
 	}
 	keys, err := store.Load(ctx, p.ID, Own, info.Mark, mark)
@@ -92,7 +92,7 @@ func (p *pool) openLease(ctx context.Context) error {
 	p.leasing = true
 	p.floor = p.usedUpTo(info.Mark)
 	p.pending = &lease{epoch: p.epoch, keys: keys, req: type1.LeaseRequest{
-		Pool: p.ID, Link: p.link(), Generation: store.Generation(), Purpose: type1.PurposeSupply,
+		Pool: p.ID, Link: p.link(), Generation: p.generation, Purpose: type1.PurposeSupply,
 		After: type1.Position(info.Mark), Mark: type1.Position(mark), Floor: type1.Position(p.floor), Seqs: seqsOf(keys),
 	}}
 	return nil

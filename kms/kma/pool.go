@@ -33,6 +33,8 @@ type pool struct {
 	ask     time.Time // before it, do not ask again for what the slave lacks
 
 	// With the turn.
+	generation  uint64       // of our store's start, as this pool's peer is told it
+	named       bool         // the peer has named our process: it has that generation from us
 	lastLease   key.Position // Mark of the peer's last lease in this session, 0: none
 	lastAfter   key.Position
 	lastMissing []uint64

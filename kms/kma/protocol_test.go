@@ -128,12 +128,21 @@ func newSlaveWith(t *testing.T, keep func(uuid.UUID, key.Position) []key.ID, tun
 	return s
 }
 
-func (s *slave) sync(t *testing.T, me uuid.UUID, generation uint64, st type1.SyncState) {
+// sync says st to the slave as one who has met it, and gives what it answers.
+func (s *slave) sync(t *testing.T, me uuid.UUID, generation uint64, st type1.SyncState) type1.SyncState {
+	t.Helper()
+	st.PeerInstance = s.it
+	return s.say(t, me, generation, st)
+}
+
+func (s *slave) say(t *testing.T, me uuid.UUID, generation uint64, st type1.SyncState) type1.SyncState {
 	t.Helper()
 	st.Instance, st.Generation = me, generation
-	if _, err := s.ag.Sync(t.Context(), "a", type1.SyncRequest{Pool: pairID, SyncState: st}); err != nil {
+	r, err := s.ag.Sync(t.Context(), "a", type1.SyncRequest{Pool: pairID, SyncState: st})
+	if err != nil {
 		t.Fatal(err)
 	}
+	return r.SyncState
 }
 
 func (s *slave) link() type1.Link { return type1.Link{From: s.me, To: s.it} }
@@ -370,8 +379,8 @@ func TestSessionRules(t *testing.T) {
 			t.Errorf("validate, %s: %v", name, err)
 		}
 	}
-	if _, err := s.ag.Sync(t.Context(), "a", type1.SyncRequest{Pool: pairID, SyncState: type1.SyncState{Instance: uuid.New(), Generation: 4}}); code(err) != type1.NotSynced {
-		t.Errorf("sync of an earlier start: %v", err)
+	if st := s.sync(t, uuid.New(), 4, type1.SyncState{}); st.PeerInstance != s.me || st.PeerGeneration != 5 {
+		t.Errorf("sync of an earlier start: %+v", st)
 	}
 	if _, err := s.ag.Sync(t.Context(), "a", type1.SyncRequest{Pool: uuid.New()}); code(err) != type1.NotAuthorised {
 		t.Errorf("an unknown pool: %v", err)
@@ -429,6 +438,107 @@ func TestBurnIsDurable(t *testing.T) {
 	if _, err := s.lease(t, 0, key.At(1, 6), 1); err == nil {
 		t.Error("a lease of burned keys was acknowledged")
 	}
+}
+
+// TestSyncForAnother: a SYNC that names no process, or one that is gone, is
+// answered, and nothing is believed of what it says: it can be older than what the
+// two have agreed on since.
+func TestSyncForAnother(t *testing.T) {
+	s := newSlave(t, nil)
+	old := type1.SyncState{NewestSeq: 100, PeerInstance: s.it} // made before there was a block, and late
+	one := s.file(t, 1, 20)
+	s.verdicts(t, one)
+	s.kill(s.b)
+	p := s.start(s.b, nil)
+	s.ag, s.it = p.agent, p.agent.instance
+	now := type1.SyncState{NewestSeq: 100, Active: []type1.Range{{First: 1, Last: 1}}}
+	for name, named := range map[string]uuid.UUID{"the process before": old.PeerInstance, "nobody": uuid.Nil} {
+		old.PeerInstance = named
+		if st := s.say(t, s.me, 5, old); st.Instance != s.it || st.PeerInstance != uuid.Nil {
+			t.Errorf("a SYNC for %s: %+v", name, st)
+		}
+		if i := s.info(s.b); i.Active != 20 {
+			t.Fatalf("a SYNC for %s has changed what is active: %+v", name, i)
+		}
+		if _, err := s.lease(t, 0, key.At(1, 6), 1); code(err) != type1.NotSynced {
+			t.Errorf("a lease after a SYNC for %s: %v", name, err)
+		}
+	}
+	if st := s.sync(t, s.me, 5, now); st.PeerInstance != s.me || st.PeerGeneration != 5 {
+		t.Errorf("a SYNC for this process: %+v", st)
+	}
+	if _, err := s.lease(t, 0, key.At(1, 6), 1); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestRaisedGeneration: a process that was met may raise its generation; what it
+// sent before counts no more.
+func TestRaisedGeneration(t *testing.T) {
+	s := newSlave(t, nil)
+	one := s.file(t, 1, 20)
+	s.verdicts(t, one)
+	s.sync(t, s.me, 6, type1.SyncState{NewestSeq: 100})
+	if _, err := s.lease(t, 0, key.At(1, 6), 1); code(err) != type1.NotSynced {
+		t.Errorf("a lease of the generation before: %v", err)
+	}
+	if _, err := s.ag.Burn(t.Context(), "a", type1.BurnRequest{Pool: pairID, Link: s.link(), Generation: 6}); err != nil {
+		t.Error(err)
+	}
+	if i := s.info(s.b); i.Active != 20 {
+		t.Errorf("it was met anew: %+v", i)
+	}
+}
+
+// TestOutgrow: which generations of ours, in the answer of a peer that has not met
+// us, show that our store was restored. A peer that was restarted has ours from us.
+func TestOutgrow(t *testing.T) {
+	s := newSlave(t, nil)
+	p := s.ag.pools[pairID]
+	if err := p.acquire(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	defer p.release()
+	for _, tt := range []struct {
+		known  int // above ours
+		named  bool
+		raised uint64
+	}{{-1, false, 0}, {0, true, 0}, {0, false, 1}, {1, true, 2}, {7, false, 8}} {
+		before, alarms := p.generation, s.events.count("STORE_RESTORED")
+		p.named = tt.named
+		if err := p.outgrow(t.Context(), type1.SyncState{PeerGeneration: uint64(int(before) + tt.known)}); err != nil {
+			t.Fatal(err)
+		}
+		if n := s.events.count("STORE_RESTORED") - alarms; p.generation-before != tt.raised || n != min(1, int(tt.raised)) || tt.raised > 0 && p.named {
+			t.Errorf("%+v: raised by %d, %d alarms", tt, p.generation-before, n)
+		}
+	}
+	if g := s.ag.o.Store.Generation(); g != p.generation {
+		t.Errorf("the store is at %d, the pool at %d", g, p.generation)
+	}
+}
+
+// TestLeaseSurvivesReset: a node that finds itself restored still knows the last
+// lease of a peer that is the same process: its acknowledgement may have been lost.
+func TestLeaseSurvivesReset(t *testing.T) {
+	s := newSlave(t, nil)
+	one := s.file(t, 1, 20)
+	s.verdicts(t, one)
+	if _, err := s.lease(t, 0, key.At(1, 6), 1); err != nil {
+		t.Fatal(err)
+	}
+	s.sync(t, s.me, 5, type1.SyncState{NewestSeq: 100, PeerMark: type1.Position(key.At(1, 9)), Active: []type1.Range{{First: 1, Last: 1}}})
+	if i := s.info(s.b); i.Mark != key.At(1, 9) || s.events.count("STORE_RESTORED") != 1 {
+		t.Fatalf("it does not know that it was restored: %+v, %v", i, s.events.codes)
+	}
+	if _, err := s.lease(t, 0, key.At(1, 6), 1); err != nil {
+		t.Errorf("the lease's repeat: %v", err)
+	}
+	m, _, err := s.ag.Claim("a", pairID, key.At(1, 2), one.IDs[2])
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Wipe()
 }
 
 func TestHopeless(t *testing.T) {

@@ -2,6 +2,7 @@ package kma
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 
@@ -9,6 +10,11 @@ import (
 
 	"github.com/q-ipsec/q-ipsec/kms/key"
 	"github.com/q-ipsec/q-ipsec/kms/type1"
+)
+
+var (
+	errNotMet   = errors.New("kma: the peer has not met this process yet")
+	errOldStart = errors.New("this is from an earlier start of the peer than one known here (if it is not: is the peer's clock right?)")
 )
 
 // link names the session's instances, from us to the peer; the caller has the
@@ -38,7 +44,7 @@ func (p *pool) checkStart(l type1.Link, generation uint64) error {
 
 // state is our side of a sync. The caller has the turn.
 func (p *pool) state(ctx context.Context) (type1.SyncState, error) {
-	st := type1.SyncState{Instance: p.a.instance, Generation: p.a.o.Store.Generation()}
+	st := type1.SyncState{Instance: p.a.instance, Generation: p.generation, PeerInstance: p.peerInstance}
 	info, err := p.a.o.Store.Pool(ctx, p.ID)
 	if err != nil {
 		return st, err
@@ -56,14 +62,29 @@ func (p *pool) state(ctx context.Context) (type1.SyncState, error) {
 			active = append(active, b.Seq)
 		}
 	}
+	st.PeerGeneration = max(info.PeerGeneration, p.peerGeneration)
 	st.Mark, st.PeerMark, st.NewestSeq = type1.Position(info.Mark), type1.Position(info.PeerMark), info.NewestSeq
 	st.Received, st.Active = type1.Ranges(received), type1.Ranges(active)
 	return st, nil
 }
 
-// sync opens a session: SYNC, then BURN if leases were lost. Without error the
-// pool is synced.
-func (p *pool) sync(ctx context.Context) error {
+// syncTries is how often in a row a peer is asked that has not met us: once to
+// learn its process, once to be met by it, and once more where a generation had
+// to be raised first.
+const syncTries = 3
+
+// sync opens a session: SYNC until both have met each other, then BURN if leases
+// were lost. Without error the pool is synced.
+func (p *pool) sync(ctx context.Context) (err error) {
+	for range syncTries {
+		if err = p.syncOnce(ctx); !errors.Is(err, errNotMet) {
+			break
+		}
+	}
+	return err
+}
+
+func (p *pool) syncOnce(ctx context.Context) error {
 	st, epoch, err := p.beforeSync(ctx)
 	if err != nil {
 		return err
@@ -110,7 +131,7 @@ func (p *pool) beforeSync(ctx context.Context) (type1.SyncState, uint64, error) 
 }
 
 // afterSync meets the peer by its answer and prepares the BURN, nil if none is
-// due.
+// due; errNotMet if the peer has not met us.
 func (p *pool) afterSync(ctx context.Context, st type1.SyncState, epoch uint64) (*type1.BurnRequest, key.Position, uint64, error) {
 	if err := p.acquire(ctx); err != nil {
 		return nil, 0, 0, err
@@ -119,8 +140,14 @@ func (p *pool) afterSync(ctx context.Context, st type1.SyncState, epoch uint64) 
 	if p.epoch != epoch && p.peerInstance != st.Instance {
 		return nil, 0, 0, errChanged // the answer is from a process that is gone
 	}
+	if err := p.outgrow(ctx, st); err != nil {
+		return nil, 0, 0, err
+	}
 	if err := p.meet(ctx, st); err != nil {
 		return nil, 0, 0, err
+	}
+	if !p.named || st.PeerInstance != p.a.instance {
+		return nil, 0, 0, errNotMet
 	}
 	info, err := p.a.o.Store.Pool(ctx, p.ID)
 	if err != nil {
@@ -129,13 +156,42 @@ func (p *pool) afterSync(ctx context.Context, st type1.SyncState, epoch uint64) 
 	if !p.burnDue || info.Mark == 0 {
 		return nil, info.Mark, p.epoch, nil
 	}
-	return &type1.BurnRequest{Pool: p.ID, Link: p.link(), Generation: p.a.o.Store.Generation(), UpTo: type1.Position(info.Mark)}, info.Mark, p.epoch, nil
+	return &type1.BurnRequest{Pool: p.ID, Link: p.link(), Generation: p.generation, UpTo: type1.Position(info.Mark)}, info.Mark, p.epoch, nil
 }
 
-// onSync answers the peer's SYNC; with the turn.
+// outgrow gets past a start of this node that the peer, which has not met us,
+// knows and that is not ours: our store was restored from a copy, which had
+// counted less far. With the turn.
+func (p *pool) outgrow(ctx context.Context, st type1.SyncState) error {
+	if st.PeerInstance == p.a.instance {
+		p.named = true
+		return nil
+	}
+	// Once the peer has named us, it may well know our generation and, if it was
+	// restarted, nothing else of us.
+	if known := st.PeerGeneration; known < p.generation || known == p.generation && p.named {
+		return nil
+	}
+	g, err := p.a.o.Store.RaiseGeneration(ctx, st.PeerGeneration)
+	if err != nil {
+		return fmt.Errorf("kma: the peer knows generation %d of this node, which is at %d: %w", st.PeerGeneration, p.generation, err)
+	}
+	p.a.event("STORE_RESTORED", "alarm", "the peer knows a later start of this node than its own store does: the store was restored from a copy; it goes on above that",
+		slog.String("pool", p.ID.String()), slog.Uint64("generation", p.generation), slog.Uint64("peer_knows", st.PeerGeneration), slog.Uint64("raised_to", g))
+	p.log.Error("our store counts fewer starts than the peer knows: generation raised", "generation", p.generation, "peer_knows", st.PeerGeneration, "raised_to", g)
+	p.generation, p.named = g, false
+	return nil
+}
+
+// onSync answers the peer's SYNC and meets the peer by it if it is meant for this
+// process; with the turn. One that names nobody, or a process that is gone, may
+// come late and from a process that is gone itself.
 func (p *pool) onSync(ctx context.Context, r type1.SyncRequest) (type1.SyncResponse, error) {
-	if err := p.meet(ctx, r.SyncState); err != nil {
-		return type1.SyncResponse{}, err
+	if r.PeerInstance == p.a.instance {
+		p.named = true
+		if err := p.meet(ctx, r.SyncState); err != nil && !errors.Is(err, errOldStart) {
+			return type1.SyncResponse{}, err
+		}
 	}
 	st, err := p.state(ctx)
 	kick(p.hello)
@@ -168,8 +224,9 @@ func (p *pool) onBurn(ctx context.Context, r type1.BurnRequest) (type1.BurnRespo
 }
 
 // meet takes in what the peer says of itself, in a request or an answer; with
-// the turn. Of an instance that was met before, only a higher idea of our own
-// mark counts: its own marks come by leases, its blocks by M102.
+// the turn. Of an instance that was met before, only a higher generation and a
+// higher idea of our own mark count: its own marks come by leases, its blocks by
+// M102.
 func (p *pool) meet(ctx context.Context, st type1.SyncState) error {
 	info, err := p.a.o.Store.Pool(ctx, p.ID)
 	if err != nil {
@@ -178,11 +235,12 @@ func (p *pool) meet(ctx context.Context, st type1.SyncState) error {
 	if st.Generation < max(info.PeerGeneration, p.peerGeneration) {
 		// A message that was under way while the peer restarted; or the peer's
 		// store was replaced while its clock was set back.
-		return &type1.Problem{Code: type1.NotSynced, Detail: "this is from an earlier start of your node than one known here (if it is not: is your clock right?)"}
+		return fmt.Errorf("kma: generation %d, known is %d: %w", st.Generation, max(info.PeerGeneration, p.peerGeneration), errOldStart)
 	}
 	fresh := st.Instance != p.peerInstance
+	other := fresh
 	if restored := key.Position(st.PeerMark); restored > info.Mark {
-		p.reset(ctx, restored)
+		p.reset(ctx, restored, other)
 		lost, err := p.a.o.Store.AdoptMark(ctx, p.ID, Own, restored)
 		if err != nil {
 			return fmt.Errorf("kma: adopt our mark %s, which the peer knows: %w", restored, err)
@@ -193,9 +251,12 @@ func (p *pool) meet(ctx context.Context, st type1.SyncState) error {
 		fresh = true
 	}
 	if !fresh {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.peerGeneration = st.Generation // it may have been raised
 		return nil
 	}
-	p.reset(ctx, max(info.Mark, key.Position(st.PeerMark)))
+	p.reset(ctx, max(info.Mark, key.Position(st.PeerMark)), other)
 	if mark := key.Position(st.Mark); mark > info.PeerMark {
 		if _, err := p.a.o.Store.AdoptMark(ctx, p.ID, Other, mark); err != nil {
 			return fmt.Errorf("kma: adopt the peer's mark %s: %w", mark, err)
@@ -213,8 +274,9 @@ func (p *pool) meet(ctx context.Context, st type1.SyncState) error {
 }
 
 // reset ends the session: our leased keys, up to mark, have no use any more.
-// With the turn.
-func (p *pool) reset(ctx context.Context, mark key.Position) {
+// What the peer has leased stays known if it is the same process still, which may
+// repeat its last lease. With the turn.
+func (p *pool) reset(ctx context.Context, mark key.Position, other bool) {
 	p.mu.Lock()
 	n := len(p.own)
 	var first key.Position
@@ -230,10 +292,12 @@ func (p *pool) reset(ctx context.Context, mark key.Position) {
 	p.burned = max(p.burned, mark)
 	p.changed()
 	p.mu.Unlock()
-	p.lastLease, p.lastAfter, p.lastMissing = 0, 0, nil
+	if other {
+		p.lastLease, p.lastAfter, p.lastMissing = 0, 0, nil
+	}
 	p.mismatch.Store(false)
 	if n > 0 {
-		p.log.Info("burned our lease: the peer's process has changed", "keys", n)
+		p.log.Info("burned our lease: the session has ended", "keys", n)
 		p.record(ctx, History{Side: Own, First: first, Last: mark, State: key.Destroyed, Count: n, Detail: "burned: the peer restarted"})
 	}
 }

@@ -66,11 +66,6 @@ type Store struct {
 	stats Stats
 }
 
-// Generation is the number of this start: higher than at every earlier Open of
-// this database, and than those of a database it replaced as long as the wall
-// clock did not go back.
-func (s *Store) Generation() uint64 { return s.generation }
-
 // UUID names the store; it is drawn when the store is made.
 func (s *Store) UUID() uuid.UUID { return s.uuid }
 

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 
 	"github.com/google/uuid"
 
@@ -122,8 +121,8 @@ func (s *SyncState) check() error {
 	if s.Instance == uuid.Nil {
 		return errors.New("type1: sync names no instance")
 	}
-	if s.NewestSeq > key.MaxSeq || s.Generation > math.MaxInt64 { // SQL's integers are signed
-		return errors.New("type1: newest_seq or generation is out of range")
+	if s.NewestSeq > key.MaxSeq || s.Generation > MaxGeneration || s.PeerGeneration > MaxGeneration {
+		return errors.New("type1: newest_seq, generation or peer_generation is out of range")
 	}
 	for _, rs := range [][]Range{s.Received, s.Active} {
 		if len(rs) > MaxRanges {

@@ -31,6 +31,10 @@ const (
 	MaxSettled  = 1 << 13 // Key-IDs in one pullSettled, and of each kind in its answer
 	MaxKeep     = 1 << 17 // Key-IDs kept of a burned lease
 	maxTag      = 32      // bytes
+
+	// MaxGeneration leaves a store that was pushed there by a peer as many starts
+	// again: SQL's integers are signed.
+	MaxGeneration = 1 << 62
 )
 
 // Position is key.Position with the text form "seq/index", both decimal.
@@ -145,15 +149,18 @@ type SyncRequest struct {
 	SyncState
 }
 
-// SyncState is one side of a sync.
+// SyncState is one side of a sync. Only the process that PeerInstance names may
+// meet the speaker by it: said to any other, it can be long out of date.
 type SyncState struct {
-	Instance   uuid.UUID `json:"instance"`   // of the speaker
-	Generation uint64    `json:"generation"` // of the speaker's store
-	Mark       Position  `json:"mark"`       // of the speaker's own keys
-	PeerMark   Position  `json:"peer_mark"`  // of the listener's keys, as the speaker has it on disk
-	NewestSeq  uint64    `json:"newest_seq"` // taken in by the speaker
-	Received   []Range   `json:"received"`   // blocks of that state
-	Active     []Range   `json:"active"`
+	Instance       uuid.UUID `json:"instance"`        // of the speaker
+	Generation     uint64    `json:"generation"`      // of the speaker's store
+	PeerInstance   uuid.UUID `json:"peer_instance"`   // of the listener, as the speaker knew it when it read all this; nil: not known
+	PeerGeneration uint64    `json:"peer_generation"` // the highest of the listener's store that the speaker knows, 0: none
+	Mark           Position  `json:"mark"`            // of the speaker's own keys
+	PeerMark       Position  `json:"peer_mark"`       // of the listener's keys, as the speaker has it on disk
+	NewestSeq      uint64    `json:"newest_seq"`      // taken in by the speaker
+	Received       []Range   `json:"received"`        // blocks of that state
+	Active         []Range   `json:"active"`
 }
 
 // SyncResponse is the receiver's side.

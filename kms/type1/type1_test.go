@@ -59,7 +59,7 @@ var (
 	wantValidate = ValidateResponse{Results: []ValidateResult{{Seq: 3, Verdict: Agreed, Tag: bytes.Repeat([]byte{9}, 16)}, {Seq: 4, Verdict: Never}}}
 	wantLease    = LeaseResponse{Mark: Position(key.At(3, 8)), Missing: []uint64{3}}
 	wantBurn     = BurnResponse{Keep: []key.ID{keyID}}
-	wantSync     = SyncResponse{SyncState{Instance: link.To, Generation: 4, Mark: Position(key.At(3, 8)), NewestSeq: 9, Received: []Range{}, Active: []Range{{3, 5}, {7, 7}}}}
+	wantSync     = SyncResponse{SyncState{Instance: link.To, Generation: 4, PeerInstance: link.From, PeerGeneration: 3, Mark: Position(key.At(3, 8)), NewestSeq: 9, Received: []Range{}, Active: []Range{{3, 5}, {7, 7}}}}
 	wantSettled  = SettledResponse{KeyIDs: []key.ID{keyID}, UpTo: 1<<52 + 1, More: true, Held: []key.ID{{7}}}
 	aNotice      = Notice{Pool: poolID, Position: Position(key.At(3, 2)), KeyID: keyID, MasterSAE: "sae-a", SlaveSAEs: []string{"sae-b"}, SizeBits: 256, TTLSeconds: 60}
 )
@@ -173,7 +173,7 @@ func sampleRequests() (ValidateRequest, LeaseRequest, BurnRequest, SyncRequest) 
 	return ValidateRequest{Pool: poolID, Link: link, Algorithm: "poly1305", Items: []ValidateItem{{3, bytes.Repeat([]byte{7}, 16)}, {4, bytes.Repeat([]byte{8}, 16)}}, Destroyed: []uint64{2}},
 		LeaseRequest{Pool: poolID, Link: link, Generation: 3, Purpose: PurposeSupply, After: Position(key.At(3, 0)), Mark: Position(key.At(4, 6)), Floor: Position(key.At(3, 0)), Seqs: []uint64{3, 4}},
 		BurnRequest{Pool: poolID, Link: link, Generation: 3, UpTo: Position(key.At(3, 0))},
-		SyncRequest{Pool: poolID, SyncState: SyncState{Instance: link.From, Generation: 3, NewestSeq: 4, Received: []Range{{4, 4}}, Active: []Range{{1, 2}}}}
+		SyncRequest{Pool: poolID, SyncState: SyncState{Instance: link.From, Generation: 3, PeerInstance: link.To, PeerGeneration: 2, NewestSeq: 4, Received: []Range{{4, 4}}, Active: []Range{{1, 2}}}}
 }
 
 // TestCalls sends every message over TLS and compares both directions.

@@ -85,6 +85,7 @@ typedef Mem {
 	byte inst;     /* Agent.instance; never twice */
 	byte pinst;    /* peerInstance, 0: none met */
 	byte pgen;     /* peerGeneration */
+	bool named;    /* the peer has named us: it has our generation from us */
 	bool synced;
 	bool burndue;
 	bool changed;  /* epoch is not that of when the call under way began */
@@ -198,7 +199,7 @@ inline endcall(n) { call[n] = IDLE; CLEAR(cur[n]) }
 inline start(n) {
 	disk[n].gen++;
 	mem[n].inst++;
-	mem[n].pinst = 0; mem[n].pgen = 0; mem[n].synced = false; mem[n].burndue = true; mem[n].changed = false;
+	mem[n].pinst = 0; mem[n].pgen = 0; mem[n].named = false; mem[n].synced = false; mem[n].burndue = true; mem[n].changed = false;
 	mem[n].own = 0; mem[n].held = 0;
 	mem[n].pkeys = 0; mem[n].pafter = 0; mem[n].pmark = 0; mem[n].pseqs = 0; mem[n].pgive = false;
 	mem[n].lafter = 0; mem[n].llease = 0; mem[n].lmissing = 0;
@@ -291,6 +292,7 @@ inline meet(n) {
 	:: else
 	fi;
 	if
+	:: ok && !fresh -> mem[n].pgen = h_gen /* it may have been raised */
 	:: ok && fresh && !died ->
 		if
 		:: disk[n].mark > h_after -> k = disk[n].mark
@@ -422,7 +424,7 @@ inline serve(n) {
 #ifdef BUG_SYNC_FOR_ANYONE
 	:: h_type == SYNC -> meet(n)
 #else
-	:: h_type == SYNC && h_to == mem[n].inst -> meet(n)
+	:: h_type == SYNC && h_to == mem[n].inst -> mem[n].named = true; meet(n)
 	:: h_type == SYNC && h_to != mem[n].inst /* it was meant for nobody yet, or for a process that is gone */
 #endif
 	:: h_type == LEASE -> onLease(n)
@@ -452,11 +454,13 @@ inline answered(n) {
 		:: mem[n].changed && mem[n].pinst != h_from -> endcall(n)
 		:: else ->
 			if
-			:: h_to != mem[n].inst && h_pgen >= disk[n].gen -> /* our store was restored: start with a later generation */
-				CLAIM(sync_gets_on, refused[n] < 2);
+			:: h_to == mem[n].inst -> mem[n].named = true
+			:: h_to != mem[n].inst && (h_pgen > disk[n].gen || (h_pgen == disk[n].gen && !mem[n].named)) ->
+				/* our store was restored: start with a later generation. pool.outgrow */
+				CLAIM(sync_gets_on, refused[n] < 1);
 				refused[n]++;
 #ifndef BUG_REFUSED_FOR_EVER
-				disk[n].gen = h_pgen + 1
+				disk[n].gen = h_pgen + 1; mem[n].named = false
 #else
 				skip
 #endif

@@ -569,6 +569,27 @@ func generation(t *testing.T, b *bench) {
 			t.Errorf("generation %d after %d, store %s after %s", b.Generation(), g, b.UUID(), id)
 		}
 	}
+	g := b.Generation()
+	for above, want := range map[uint64]uint64{0: g, g - 1: g} {
+		got, err := b.RaiseGeneration(b.ctx, above)
+		b.must(err)
+		if got != want || b.Generation() != want {
+			t.Errorf("raised above %d: %d, %d, want %d", above, got, b.Generation(), want)
+		}
+	}
+	got, err := b.RaiseGeneration(b.ctx, g+10)
+	b.must(err)
+	if got != g+11 || b.Generation() != got {
+		t.Errorf("raised above %d: %d, %d", g+10, got, b.Generation())
+	}
+	b.must(b.Ratchet(b.ctx))
+	b.restart()
+	if b.Generation() <= got {
+		t.Errorf("generation %d after one that was raised to %d", b.Generation(), got)
+	}
+	if _, err := b.RaiseGeneration(b.ctx, 1<<63); err == nil {
+		t.Error("a generation that no database can hold was taken")
+	}
 }
 
 func closed(t *testing.T, b *bench) {
