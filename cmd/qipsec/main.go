@@ -45,7 +45,7 @@ type command struct {
 // commands is the whole of the tool, in the order of its help.
 func commands() []command {
 	var all []command
-	for _, group := range [][]command{initCommands(), pkiCommands(), nodeCommands(), tunnelCommands(), keyfileCommands(), saeCommands(), guardCommands()} {
+	for _, group := range [][]command{initCommands(), pkiCommands(), nodeCommands(), tunnelCommands(), keyfileCommands(), saeCommands(), guardCommands(), storeCommands()} {
 		all = append(all, group...)
 	}
 	return append(all, command{
@@ -120,6 +120,10 @@ func run(ctx context.Context, a *app, args []string) int {
 		return exitUsage
 	}
 	fmt.Fprintf(a.err, "qipsec %s: %v\n", c.name, err)
+	var e exitError
+	if errors.As(err, &e) {
+		return e.code
+	}
 	return exitFailed
 }
 

@@ -108,6 +108,12 @@ func TestUsageIsExit2(t *testing.T) {
 		{"sae", "get-key"},
 		{"sae", "get-key-with-id", "--url", "https://x"},
 		{"guard", "remove", "now"},
+		{"store"},
+		{"store", "check", "x"},
+		{"store", "check", "--root", "x"},
+		{"store", "export-history", "--from", "yesterday"},
+		{"store", "backup"},
+		{"store", "restore"},
 		{"version", "x"},
 	} {
 		if code, out, errs := qipsec(t, args...); code != exitUsage || out != "" || errs == "" {

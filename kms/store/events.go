@@ -74,7 +74,7 @@ func (s *Store) Events(ctx context.Context, q EventQuery) (list []LogEvent, err 
 	if q.Before == 0 {
 		q.Before = 1<<63 - 1
 	}
-	rows, err := s.r.QueryContext(ctx, `SELECT serial, time, severity, code, source, message, action FROM event
+	rows, err := s.r.QueryContext(ctx, `SELECT `+eventColumns+` FROM event
 		WHERE serial < $1 AND ($2 = '' OR severity = $2) AND ($3 = '' OR code = $3) ORDER BY serial DESC LIMIT $4`,
 		q.Before, string(q.Severity), q.Code, n)
 	if err != nil {
@@ -82,13 +82,24 @@ func (s *Store) Events(ctx context.Context, q EventQuery) (list []LogEvent, err 
 	}
 	defer func() { err = errors.Join(err, rows.Close()) }()
 	for rows.Next() {
-		var e LogEvent
-		var micro int64
-		if err := rows.Scan(&e.Serial, &micro, &e.Severity, &e.Code, &e.Source, &e.Text, &e.Action); err != nil {
+		e, err := scanEvent(rows)
+		if err != nil {
 			return nil, fmt.Errorf("store: read events: %w", err)
 		}
-		e.Time = time.UnixMicro(micro).UTC()
 		list = append(list, e)
 	}
 	return list, rows.Err()
+}
+
+// eventColumns are what scanEvent reads.
+const eventColumns = "serial, time, severity, code, source, message, action"
+
+func scanEvent(rows *sql.Rows) (LogEvent, error) {
+	var e LogEvent
+	var micro int64
+	if err := rows.Scan(&e.Serial, &micro, &e.Severity, &e.Code, &e.Source, &e.Text, &e.Action); err != nil {
+		return e, err
+	}
+	e.Time = time.UnixMicro(micro).UTC()
+	return e, nil
 }

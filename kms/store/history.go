@@ -136,23 +136,34 @@ func (s *Store) History(ctx context.Context, q HistoryQuery) (list []Event, err 
 	if q.Before != 0 {
 		and("serial < $%d", q.Before)
 	}
-	rows, err := s.r.QueryContext(ctx, `SELECT serial, time, pool, side, first_pos, last_pos, key_id, state, key_count, detail FROM history
+	rows, err := s.r.QueryContext(ctx, `SELECT `+historyColumns+` FROM history
 		WHERE `+strings.Join(where, " AND ")+` ORDER BY serial DESC LIMIT `+strconv.Itoa(n), args...)
 	if err != nil {
 		return nil, fmt.Errorf("store: read history: %w", explain(err))
 	}
 	defer func() { err = errors.Join(err, rows.Close()) }()
 	for rows.Next() {
-		var e Event
-		var micro int64
-		var pool, id []byte
-		if err := rows.Scan(&e.Serial, &micro, &pool, &e.Side, &e.First, &e.Last, &id, &e.State, &e.Count, &e.Detail); err != nil {
+		e, err := scanHistory(rows)
+		if err != nil {
 			return nil, fmt.Errorf("store: read history: %w", err)
 		}
-		e.Time = time.UnixMicro(micro).UTC()
-		copy(e.Pool[:], pool)
-		copy(e.ID[:], id)
 		list = append(list, e)
 	}
 	return list, rows.Err()
+}
+
+// historyColumns are what scanHistory reads.
+const historyColumns = "serial, time, pool, side, first_pos, last_pos, key_id, state, key_count, detail"
+
+func scanHistory(rows *sql.Rows) (Event, error) {
+	var e Event
+	var micro int64
+	var pool, id []byte
+	if err := rows.Scan(&e.Serial, &micro, &pool, &e.Side, &e.First, &e.Last, &id, &e.State, &e.Count, &e.Detail); err != nil {
+		return e, err
+	}
+	e.Time = time.UnixMicro(micro).UTC()
+	copy(e.Pool[:], pool)
+	copy(e.ID[:], id)
+	return e, nil
 }

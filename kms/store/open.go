@@ -172,14 +172,14 @@ func (s *Store) putNode(ctx context.Context, tx *sql.Tx) error {
 // together.
 func (s *Store) readNode(ctx context.Context) error {
 	var version int64
-	if err := s.w.QueryRowContext(ctx, `SELECT version FROM node WHERE one = 1`).Scan(&version); err != nil {
+	if err := s.src().QueryRowContext(ctx, `SELECT version FROM node WHERE one = 1`).Scan(&version); err != nil {
 		return fmt.Errorf("read node row: %w", explain(err))
 	}
 	if version != schemaVersion {
 		return fmt.Errorf("%w: its tables have version %d, this program knows %d; install the newer program again", ErrNewer, version, schemaVersion)
 	}
 	var id, proof []byte
-	if err := s.w.QueryRowContext(ctx, `SELECT uuid, generation, epoch, proof FROM node WHERE one = 1`).
+	if err := s.src().QueryRowContext(ctx, `SELECT uuid, generation, epoch, proof FROM node WHERE one = 1`).
 		Scan(&id, &s.generation, &s.epoch, &proof); err != nil {
 		return fmt.Errorf("read node row: %w", explain(err))
 	}

@@ -218,15 +218,7 @@ func (s *Store) EnsurePool(ctx context.Context, id uuid.UUID, peer string, role 
 		return nil
 	}
 	p := &pool{info: PoolInfo{ID: id, Peer: peer, Role: role, Class: class}}
-	a, err := s.ring(s.epoch)
-	if err != nil {
-		return err
-	}
-	err = s.write(ctx, "make pool "+id.String(), func(tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, `INSERT INTO pool (id, peer, role, class, newest_seq, own_mark, peer_mark, peer_generation, epoch, proof)
-			VALUES ($1, $2, $3, $4, 0, 0, 0, 0, $5, $6)`, id[:], peer, int64(role), int64(class), int64(s.epoch), seal(a, nil, p.info.rowAAD(s.uuid, s.epoch)))
-		return err
-	})
+	err := s.write(ctx, "make pool "+id.String(), func(tx *sql.Tx) error { return s.insertPool(ctx, tx, &p.info) })
 	if err != nil {
 		return err
 	}
@@ -234,6 +226,18 @@ func (s *Store) EnsurePool(ctx context.Context, id uuid.UUID, peer string, role 
 	s.pools[id] = p
 	s.mem.Unlock()
 	return nil
+}
+
+// insertPool makes i's row, without marks.
+func (s *Store) insertPool(ctx context.Context, tx *sql.Tx, i *PoolInfo) error {
+	a, err := s.ring(s.epoch)
+	if err != nil {
+		return err
+	}
+	_, err = tx.ExecContext(ctx, `INSERT INTO pool (id, peer, role, class, newest_seq, own_mark, peer_mark, peer_generation, epoch, proof)
+		VALUES ($1, $2, $3, $4, $5, 0, 0, $6, $7, $8)`, i.ID[:], i.Peer, int64(i.Role), int64(i.Class), int64(i.NewestSeq), int64(i.PeerGeneration),
+		int64(s.epoch), seal(a, nil, i.rowAAD(s.uuid, s.epoch)))
+	return err
 }
 
 // Pool gives one pool's state from memory; ErrNoPool.

@@ -36,7 +36,7 @@ func (s *Store) readAll(ctx context.Context) (found []*damage, err error) {
 	}
 	for table, next := range map[string]*int64{"history": &s.historyNext, "event": &s.eventNext} {
 		var last sql.NullInt64
-		if err := s.w.QueryRowContext(ctx, `SELECT max(serial) FROM `+table).Scan(&last); err != nil {
+		if err := s.src().QueryRowContext(ctx, `SELECT max(serial) FROM `+table).Scan(&last); err != nil {
 			return nil, fmt.Errorf("read %s: %w", table, explain(err))
 		}
 		*next = max(*next, last.Int64+1)
@@ -73,39 +73,42 @@ func (s *Store) reload(ctx context.Context) error {
 }
 
 func (s *Store) readPools(ctx context.Context) (_ map[uuid.UUID]*pool, err error) {
-	rows, err := s.w.QueryContext(ctx, `SELECT id, peer, role, class, newest_seq, own_mark, peer_mark, peer_generation, epoch, proof FROM pool`)
+	rows, err := s.src().QueryContext(ctx, `SELECT id, peer, role, class, newest_seq, own_mark, peer_mark, peer_generation, epoch, proof FROM pool`)
 	if err != nil {
 		return nil, fmt.Errorf("read pools: %w", explain(err))
 	}
 	defer func() { err = errors.Join(err, rows.Close()) }()
 	pools := map[uuid.UUID]*pool{}
+	var bad []error // of every row that does not hold; they are in pools, too
 	for rows.Next() {
 		p := &pool{}
 		i := &p.info
 		var id, proof []byte
 		var epoch uint64
 		if err := rows.Scan(&id, &i.Peer, &i.Role, &i.Class, &i.NewestSeq, &i.Mark, &i.PeerMark, &i.PeerGeneration, &epoch, &proof); err != nil {
-			return nil, fmt.Errorf("read pools: %w: %w", err, ErrDamaged)
+			bad = append(bad, fmt.Errorf("read pools: %w: %w", err, ErrDamaged))
+			continue
 		}
 		copy(i.ID[:], id)
+		pools[i.ID] = p
 		a, err := s.ring(epoch)
 		if err == nil {
 			err = unseal(a, proof, nil, i.rowAAD(s.uuid, epoch))
 		}
 		if err != nil {
-			return nil, fmt.Errorf("row of pool %s: %w: %w; its marks cannot be believed: move database and root file away to start with empty pools", i.ID, err, ErrDamaged)
+			bad = append(bad, fmt.Errorf("row of pool %s: %w: %w; its marks cannot be believed: move database and root file away to start with empty pools", i.ID, err, ErrDamaged))
+			continue
 		}
 		s.epoch = max(s.epoch, epoch)
-		pools[i.ID] = p
 	}
 	if err := rows.Err(); err != nil {
-		return nil, fmt.Errorf("read pools: %w", explain(err))
+		bad = append(bad, fmt.Errorf("read pools: %w", explain(err)))
 	}
-	return pools, nil
+	return pools, errors.Join(bad...)
 }
 
 func (s *Store) readBlocks(ctx context.Context, pools map[uuid.UUID]*pool) (found []*damage, err error) {
-	rows, err := s.w.QueryContext(ctx, `SELECT pool, seq, state, class, no_pad, key_count, byte_count, algorithm, tag_m, tag_s, digest,
+	rows, err := s.src().QueryContext(ctx, `SELECT pool, seq, state, class, no_pad, key_count, byte_count, algorithm, tag_m, tag_s, digest,
 		own_cut, peer_cut, generation, epoch, wrap FROM block ORDER BY pool, seq`)
 	if err != nil {
 		return nil, fmt.Errorf("read blocks: %w", explain(err))
@@ -150,7 +153,7 @@ func (s *Store) readBlocks(ctx context.Context, pools map[uuid.UUID]*pool) (foun
 // readParts checks that every part is there in its right size; whether it opens
 // shows when it is read.
 func (s *Store) readParts(ctx context.Context, pools map[uuid.UUID]*pool) (found []*damage, err error) {
-	rows, err := s.w.QueryContext(ctx, `SELECT pool, seq, part, length(ids), length(box) FROM part ORDER BY pool, seq, part`)
+	rows, err := s.src().QueryContext(ctx, `SELECT pool, seq, part, length(ids), length(box) FROM part ORDER BY pool, seq, part`)
 	if err != nil {
 		return nil, fmt.Errorf("read parts: %w", explain(err))
 	}

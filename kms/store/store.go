@@ -44,7 +44,8 @@ type Store struct {
 	opt  Options
 	eng  engine
 	lock *os.File
-	w, r *sql.DB // one writing connection, a few reading ones
+	w, r *sql.DB   // one writing connection, a few reading ones
+	snap *sql.Conn // of a look: where everything is read from
 
 	turn       chan struct{} // holds one token: whoever has it may change things
 	ratcheting chan struct{} // the same, around a whole Ratchet
