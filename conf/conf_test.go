@@ -630,3 +630,28 @@ func FuzzParseNode(f *testing.F) {
 		}
 	})
 }
+
+func TestRootCredential(t *testing.T) {
+	read := func(value string) (*Node, error) {
+		return ParseNode("x", "/etc/q", []byte(strings.Replace(sample(t), `# root_credential = ""`, `root_credential = "`+value+`"`, 1)))
+	}
+	for _, bad := range []string{"two words", ".hidden", strings.Repeat("x", 256)} {
+		if _, err := read(bad); err == nil || !strings.Contains(err.Error(), "node.root_credential") {
+			t.Errorf("%q: %v", bad, err)
+		}
+	}
+	for value, want := range map[string]string{"": "", "/a/b": "/a/b", "secrets/c": "/etc/q/secrets/c", "qipsec-root": "/run/credentials/qipsec-root"} {
+		n, err := read(value)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Setenv(credentialsEnv, "/run/credentials")
+		if got, err := n.CredentialPath(); got != want || err != nil {
+			t.Errorf("%q: %q, %v; want %q", value, got, err, want)
+		}
+		t.Setenv(credentialsEnv, "")
+		if got, err := n.CredentialPath(); (err != nil) != (value == "qipsec-root") {
+			t.Errorf("%q outside of systemd: %q, %v", value, got, err)
+		}
+	}
+}

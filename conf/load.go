@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -87,6 +88,11 @@ func (r *reader) node(text []byte) *Node {
 		},
 	}
 	n.RootFile = r.path("node.root_file", raw.Node.RootFile, filepath.Join(n.StateDir, "root"))
+	if n.RootCredential = raw.Node.RootCredential; strings.Contains(n.RootCredential, "/") {
+		n.RootCredential = r.path("node.root_credential", n.RootCredential, "")
+	} else {
+		n.RootCredential = parse(r, "node.root_credential", n.RootCredential, "", credentialName)
+	}
 	if raw.KMS == nil && raw.IPsec == nil {
 		r.fault("", "neither [kms] nor [ipsec]: this node would do nothing")
 	}

@@ -16,10 +16,13 @@ type Node struct {
 	Name     string // [node] name
 	StateDir string // inventory; 0700
 	RootFile string // secret that opens the inventory; in no backup of it
-	KMS      *KMS   // nil: no [kms]; keys come from KMEs of others
-	IPsec    *IPsec // nil: no [ipsec]; only a key management node
-	Operator Operator
-	Log      Log
+	// RootCredential is what RootFile is sealed by: the name of a systemd credential,
+	// or the absolute path of a file; empty: it is not sealed. See CredentialPath.
+	RootCredential string
+	KMS            *KMS   // nil: no [kms]; keys come from KMEs of others
+	IPsec          *IPsec // nil: no [ipsec]; only a key management node
+	Operator       Operator
+	Log            Log
 }
 
 // Operator says where the operator API listens.

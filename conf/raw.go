@@ -17,6 +17,8 @@ type rawNodeSection struct {
 	Name     string `toml:"name"`
 	StateDir string `toml:"state_dir"`
 	RootFile string `toml:"root_file"`
+
+	RootCredential string `toml:"root_credential"`
 }
 
 type rawLog struct {

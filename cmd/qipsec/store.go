@@ -22,18 +22,19 @@ const exitUnknown = 2
 
 // storeFlags say which inventory a command works on: not through qipsecd but on
 // its files.
-type storeFlags struct{ config, database, root *string }
+type storeFlags struct{ config, database, root, credential *string }
 
 func newStoreFlags(fs *flag.FlagSet) storeFlags {
 	return storeFlags{
-		config:   fs.String("config", defaultConfig, "qipsecd's config `file`, which says where the inventory is"),
-		database: fs.String("database", "", "the inventory's `URL` instead, as in sqlite:/path; needs --root"),
-		root:     fs.String("root", "", "its root `file`; needs --database"),
+		config:     fs.String("config", defaultConfig, "qipsecd's config `file`, which says where the inventory is"),
+		database:   fs.String("database", "", "the inventory's `URL` instead, as in sqlite:/path; needs --root"),
+		root:       fs.String("root", "", "its root `file`; needs --database"),
+		credential: fs.String("credential", "", "`file` with the credential that seals the root file; default: root_credential of the config"),
 	}
 }
 
 func (f storeFlags) options(a *app) (store.Options, error) {
-	o := store.Options{URL: *f.database, RootFile: *f.root, Log: slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: slog.LevelWarn})), Now: a.now}
+	o := store.Options{URL: *f.database, RootFile: *f.root, RootCredential: *f.credential, Log: slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: slog.LevelWarn})), Now: a.now}
 	if (*f.database == "") != (*f.root == "") {
 		return o, usagef("--database and --root go together")
 	}
@@ -45,7 +46,10 @@ func (f storeFlags) options(a *app) (store.Options, error) {
 		return o, fmt.Errorf("find the inventory (--database and --root name it): %w", err)
 	}
 	o.URL, o.RootFile = "sqlite:"+filepath.Join(n.StateDir, "inventory.db"), n.RootFile
-	return o, nil
+	if o.RootCredential == "" {
+		o.RootCredential, err = n.CredentialPath()
+	}
+	return o, err
 }
 
 func storeCommands() []command {
@@ -78,6 +82,16 @@ func storeCommands() []command {
 				"own and empty pools; what was used since the backup, the peers' SYNC tells it.",
 			example: "qipsec store restore /var/backups/q-ipsec-inventory.json",
 			setup:   setupStoreRestore,
+		},
+		{
+			name: "store seal-root", about: "seal the root file by root_credential, once and for all",
+			detail: "The credential is 32 random bytes that systemd hands to qipsecd, themselves sealed by\n" +
+				"the machine's TPM: without them the root file opens nothing. With qipsecd stopped.\n" +
+				"Copies of the root file from before are worthless afterwards. A new inventory's root\n" +
+				"file is sealed from the start; this is for one that was made without a credential.\n" +
+				"Under systemd: systemd-run --pipe -p LoadCredentialEncrypted=qipsec-root qipsec store seal-root",
+			example: "qipsec store seal-root --credential /run/qipsec-root",
+			setup:   setupStoreSeal,
 		},
 	}
 }
@@ -252,6 +266,27 @@ func setupStoreRestore(fs *flag.FlagSet) func(context.Context, *app, []string) e
 			return err
 		}
 		fmt.Fprintf(a.out, "made %s and root file %s: %d empty pools, %d rows of history and events as of %s\n", o.URL, o.RootFile, info.Pools, info.Rows, info.Made.Format(time.RFC3339))
+		return nil
+	}
+}
+
+func setupStoreSeal(fs *flag.FlagSet) func(context.Context, *app, []string) error {
+	f := newStoreFlags(fs)
+	return func(ctx context.Context, a *app, args []string) error {
+		if err := wantArgs(args, 0); err != nil {
+			return err
+		}
+		o, err := f.options(a)
+		if err != nil {
+			return err
+		}
+		if o.RootCredential == "" {
+			return errors.New("root_credential is not set")
+		}
+		if err := store.SealRoot(ctx, o); err != nil {
+			return err
+		}
+		fmt.Fprintf(a.out, "%s is sealed: from now on qipsecd needs the credential\n", o.RootFile)
 		return nil
 	}
 }

@@ -111,3 +111,34 @@ func TestStoreExportBackupRestore(t *testing.T) {
 		t.Errorf("left over: %v, %v", left, err)
 	}
 }
+
+func TestStoreSealRoot(t *testing.T) {
+	config, state := inventory(t)
+	credentials := t.TempDir()
+	if err := os.WriteFile(filepath.Join(credentials, "qipsec-root"), bytes.Repeat([]byte{5}, store.CredentialSize), 0o400); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, errs := qipsec(t, "store", "seal-root", "--config", config); code != exitFailed || !strings.Contains(errs, "root_credential is not set") {
+		t.Errorf("exit %d, %s", code, errs)
+	}
+	text, err := os.ReadFile(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(config, bytes.Replace(text, []byte(`# root_credential = ""`), []byte(`root_credential = "qipsec-root"`), 1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, errs := qipsec(t, "store", "check", "--config", config); code != exitUnknown || !strings.Contains(errs, "LoadCredentialEncrypted=qipsec-root") {
+		t.Errorf("without systemd: exit %d, %s", code, errs)
+	}
+	t.Setenv("CREDENTIALS_DIRECTORY", credentials)
+	if code, out, _ := qipsec(t, "store", "check", "--config", config); code != exitFailed || !strings.Contains(out, "run `qipsec store seal-root` once") {
+		t.Errorf("not sealed yet: exit %d, %s", code, out)
+	}
+	mustRun(t, "store", "seal-root", "--config", config)
+	mustRun(t, "store", "check", "--config", config)
+	mustRun(t, "store", "check", "--database", "sqlite:"+state+"/inventory.db", "--root", state+"/root", "--credential", credentials+"/qipsec-root")
+	if code, out, _ := qipsec(t, "store", "check", "--database", "sqlite:"+state+"/inventory.db", "--root", state+"/root"); code != exitUnknown || !strings.Contains(out, "sealed by a credential") {
+		t.Errorf("without the credential: exit %d, %s", code, out)
+	}
+}

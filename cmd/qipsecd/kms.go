@@ -35,7 +35,13 @@ func buildKMS(ctx context.Context, n *conf.Node, s *stages, r *recorder, log *sl
 	if err := os.MkdirAll(n.StateDir, 0o700); err != nil {
 		return nil, err
 	}
-	st, err := store.Open(ctx, store.Options{URL: "sqlite:" + filepath.Join(n.StateDir, "inventory.db"), RootFile: n.RootFile, Log: log.With("part", "store")})
+	credential, err := n.CredentialPath()
+	if err != nil {
+		return nil, err
+	}
+	st, err := store.Open(ctx, store.Options{
+		URL: "sqlite:" + filepath.Join(n.StateDir, "inventory.db"), RootFile: n.RootFile, RootCredential: credential, Log: log.With("part", "store"),
+	})
 	if err != nil {
 		return nil, err
 	}

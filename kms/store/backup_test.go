@@ -88,7 +88,7 @@ func TestBackupAndRestore(t *testing.T) {
 func TestBackupHoldsNoKeys(t *testing.T) {
 	dir, backup, _ := backedUp(t)
 	w := windows([]uint64{1, 2, 3}, 2100)
-	root, err := readRoot(filepath.Join(dir, "root"))
+	root, err := readRoot(filepath.Join(dir, "root"), nil)
 	must(t, err)
 	w[string(root.secret.Bytes()[:8])] = true
 	for i := 0; i+8 <= len(backup); i++ {

@@ -78,7 +78,7 @@ func (r *Report) fail(err error) {
 	}
 	what, do, _ := strings.Cut(strings.TrimPrefix(err.Error(), "store: "), "; ")
 	v := Unknown
-	for _, bad := range []error{ErrDamaged, ErrNoRoot, ErrWrongRoot, ErrOldRoot, ErrRestored, ErrAccess} {
+	for _, bad := range []error{ErrDamaged, ErrNoRoot, ErrWrongRoot, ErrOldRoot, ErrRestored, ErrAccess, ErrUnsealed, ErrWrongCredential} {
 		if errors.Is(err, bad) {
 			v = Damaged
 		}

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -83,8 +84,10 @@ func TestCheckBesideADaemon(t *testing.T) {
 	s, ctx := filled(t, testOptions(dir), 2100), testContext(t)
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
+	var newest atomic.Uint64
 	wg.Go(func() {
 		for seq := uint64(2); ; seq++ {
+			newest.Store(seq)
 			select {
 			case <-stop:
 				return
@@ -95,7 +98,7 @@ func TestCheckBesideADaemon(t *testing.T) {
 			must(t, s.Ratchet(ctx))
 		}
 	})
-	for range 20 {
+	for i := 0; i < 20 || newest.Load() < 20; i++ {
 		if r := Check(ctx, testOptions(dir)); r.Verdict() != Sound || !r.Running || r.Blocks == 0 {
 			t.Errorf("%+v", r)
 		}
@@ -103,7 +106,7 @@ func TestCheckBesideADaemon(t *testing.T) {
 	close(stop)
 	wg.Wait()
 	var out bytes.Buffer
-	if n, err := Export(ctx, testOptions(dir), ExportQuery{}, &out); err != nil || n < 5 {
+	if n, err := Export(ctx, testOptions(dir), ExportQuery{}, &out); err != nil || n < 20 {
 		t.Errorf("export beside a daemon: %d rows, %v", n, err)
 	}
 	out.Reset()

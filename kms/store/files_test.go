@@ -71,8 +71,8 @@ func TestRefusedModes(t *testing.T) {
 	}
 }
 
-// A root file that cannot be replaced, as in a credentials directory, can be
-// used; only the ratchet fails, and says so.
+// A root file that cannot be replaced, as on a read-only mount, can be used;
+// only the ratchet fails, and says so.
 func TestReadOnlyRoot(t *testing.T) {
 	dir := damaged(t)
 	opt := testOptions(dir)

@@ -51,7 +51,7 @@ func openLook(ctx context.Context, opt Options) (s *Store, l *look, rootErr, err
 		return nil, nil, nil, err
 	}
 	s = &Store{opt: opt, eng: eng, data: map[uint64]cipher.AEAD{}, pools: map[uuid.UUID]*pool{}}
-	s.root, rootErr = readRoot(opt.RootFile)
+	s.root, rootErr = s.readRoot()
 	s.w = sql.OpenDB(l.connector)
 	s.w.SetMaxOpenConns(1) // all reads are of one snapshot
 	if s.snap, err = s.w.Conn(ctx); err == nil {

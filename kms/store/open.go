@@ -73,7 +73,7 @@ func (s *Store) open(ctx context.Context) (err error) {
 	if s.lock, err = s.eng.prepare(); err != nil {
 		return err
 	}
-	if s.root, err = readRoot(s.opt.RootFile); err != nil {
+	if s.root, err = s.readRoot(); err != nil {
 		return err
 	}
 	// Looked at first: on a read-only mount removing what is not there fails, too.
@@ -127,7 +127,7 @@ func (s *Store) connect() error {
 // create makes root file, tables and node row.
 func (s *Store) create(ctx context.Context) (err error) {
 	if s.root == nil {
-		if s.root, err = newRoot(); err != nil {
+		if s.root, err = newRoot(s.credential); err != nil {
 			return err
 		}
 		if _, err := replaceRoot(s.opt.files, s.opt.RootFile, s.root); err != nil {

@@ -29,13 +29,15 @@ const (
 
 // root is root_n of one store. Its owner wipes secret.
 type root struct {
-	store  uuid.UUID
-	epoch  uint64
-	secret *key.Material
+	store      uuid.UUID
+	epoch      uint64
+	secret     *key.Material
+	credential *key.Material // what the file is sealed by; borrowed, nil: it is not
 }
 
-// newRoot draws the first root of a new store.
-func newRoot() (*root, error) {
+// newRoot draws the first root of a new store, sealed by a credential unless
+// that is nil.
+func newRoot(credential *key.Material) (*root, error) {
 	id, err := uuid.NewRandom()
 	if err != nil {
 		return nil, fmt.Errorf("store: make store UUID: %w", err)
@@ -44,21 +46,28 @@ func newRoot() (*root, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &root{store: id, epoch: 1, secret: m}, nil
+	return &root{store: id, epoch: 1, secret: m, credential: credential}, nil
 }
 
-// parseRoot reads a root file's bytes, borrowed.
-func parseRoot(b []byte) (*root, error) {
+// parseRoot reads a root file's bytes, borrowed. With a credential the file must
+// be sealed by it, without one it must not be sealed.
+func parseRoot(b []byte, credential *key.Material) (*root, error) {
+	if len(b) >= 8 && string(b[:8]) == sealedMagic {
+		return parseSealed(b, credential)
+	}
 	if len(b) != rootSize || string(b[:8]) != rootMagic {
-		return nil, fmt.Errorf("not a root file: %d bytes, wanted %d that begin with %s", len(b), rootSize, rootMagic)
+		return nil, fmt.Errorf("not a root file: %d bytes, wanted %d that begin with %s: %w", len(b), rootSize, rootMagic, ErrDamaged)
 	}
 	sum := sha256.Sum256(b[:rootSize-32])
 	if !bytes.Equal(sum[:], b[rootSize-32:]) {
-		return nil, errors.New("checksum of the root file is wrong: it is torn or damaged")
+		return nil, fmt.Errorf("checksum of the root file is wrong: it is torn or damaged: %w", ErrDamaged)
+	}
+	if credential != nil {
+		return nil, fmt.Errorf("%w, but root_credential is set: run `qipsec store seal-root` once", ErrUnsealed)
 	}
 	epoch := binary.BigEndian.Uint64(b[24:rootKeyAt])
 	if epoch == 0 || epoch > 1<<62 {
-		return nil, errors.New("epoch of the root file is out of range")
+		return nil, fmt.Errorf("epoch of the root file is out of range: %w", ErrDamaged)
 	}
 	m, err := key.New(32)
 	if err != nil {
@@ -70,6 +79,9 @@ func parseRoot(b []byte) (*root, error) {
 
 // encode gives the file's bytes, which the caller wipes.
 func (r *root) encode() (*key.Material, error) {
+	if r.credential != nil {
+		return r.encodeSealed()
+	}
 	m, err := key.New(rootSize)
 	if err != nil {
 		return nil, err
@@ -84,9 +96,9 @@ func (r *root) encode() (*key.Material, error) {
 	return m, nil
 }
 
-// derive is the one KDF of the package (RFC 5869 with SHA-512).
-func (r *root) derive(label string) (*key.Material, error) {
-	b, err := hkdf.Key(sha512.New, r.secret.Bytes(), r.store[:], label, 32)
+// derive is the KDF of the package (RFC 5869 with SHA-512).
+func (r *root) derive(from *key.Material, label string) (*key.Material, error) {
+	b, err := hkdf.Key(sha512.New, from.Bytes(), r.store[:], label, 32)
 	if err != nil {
 		return nil, fmt.Errorf("store: derive %s: %w", label, err)
 	}
@@ -95,16 +107,27 @@ func (r *root) derive(label string) (*key.Material, error) {
 
 // next is root_{n+1}; r stays the caller's to wipe.
 func (r *root) next() (*root, error) {
-	m, err := r.derive("Q-IPsec v1 root")
+	from := r.secret
+	if r.credential != nil {
+		both, err := key.New(r.secret.Len() + r.credential.Len())
+		if err != nil {
+			return nil, err
+		}
+		defer both.Wipe()
+		copy(both.Bytes(), r.secret.Bytes())
+		copy(both.Bytes()[r.secret.Len():], r.credential.Bytes())
+		from = both
+	}
+	m, err := r.derive(from, "Q-IPsec v1 root")
 	if err != nil {
 		return nil, err
 	}
-	return &root{store: r.store, epoch: r.epoch + 1, secret: m}, nil
+	return &root{store: r.store, epoch: r.epoch + 1, secret: m, credential: r.credential}, nil
 }
 
 // dataKey is the cipher under data key n.
 func (r *root) dataKey() (cipher.AEAD, error) {
-	m, err := r.derive("Q-IPsec v1 data")
+	m, err := r.derive(r.secret, "Q-IPsec v1 data")
 	if err != nil {
 		return nil, err
 	}
@@ -152,21 +175,22 @@ func (osFiles) syncDir(dir string) error {
 }
 
 func (osFiles) scrub(f *os.File) error {
-	if _, err := f.WriteAt(make([]byte, rootSize), 0); err != nil {
+	if _, err := f.WriteAt(make([]byte, max(rootSize, sealedSize)), 0); err != nil {
 		return err
 	}
 	return f.Sync()
 }
 
-// readRoot gives nil, nil where no file is.
-func readRoot(path string) (*root, error) {
+// readRoot reads a root file, sealed by credential unless that is nil. It gives
+// nil, nil where no file is.
+func readRoot(path string, credential *key.Material) (*root, error) {
 	if err := checkFile(path); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil, nil
 		}
 		return nil, err
 	}
-	m, err := key.New(rootSize + 1)
+	m, err := key.New(max(rootSize, sealedSize) + 1)
 	if err != nil {
 		return nil, err
 	}
@@ -184,9 +208,9 @@ func readRoot(path string) (*root, error) {
 			break // what came in is judged below
 		}
 	}
-	r, err := parseRoot(m.Bytes()[:n])
+	r, err := parseRoot(m.Bytes()[:n], credential)
 	if err != nil {
-		return nil, fmt.Errorf("store: %s: %w: %w; put the right file back, or move it and the database away to start with empty pools", path, err, ErrDamaged)
+		return nil, fmt.Errorf("store: %s: %w; put the right one back, or move it and the database away to start with empty pools", path, err)
 	}
 	return r, nil
 }

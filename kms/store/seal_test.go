@@ -127,7 +127,7 @@ func FuzzUnseal(f *testing.F) {
 }
 
 func FuzzParseRoot(f *testing.F) {
-	r, err := newRoot()
+	r, err := newRoot(nil)
 	must(f, err)
 	good, err := r.encode()
 	must(f, err)
@@ -135,7 +135,7 @@ func FuzzParseRoot(f *testing.F) {
 	f.Add([]byte(rootMagic))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		r, err := parseRoot(b)
+		r, err := parseRoot(b, nil)
 		if err != nil {
 			return
 		}
@@ -150,7 +150,7 @@ func FuzzParseRoot(f *testing.F) {
 }
 
 func TestRootFileDamage(t *testing.T) {
-	r, err := newRoot()
+	r, err := newRoot(nil)
 	must(t, err)
 	m, err := r.encode()
 	must(t, err)
@@ -158,21 +158,21 @@ func TestRootFileDamage(t *testing.T) {
 	for i := range good {
 		bad := bytes.Clone(good)
 		bad[i] ^= 1
-		if _, err := parseRoot(bad); err == nil {
+		if _, err := parseRoot(bad, nil); err == nil {
 			t.Errorf("a root file with byte %d changed was read", i)
 		}
-		if _, err := parseRoot(good[:i]); err == nil {
+		if _, err := parseRoot(good[:i], nil); err == nil {
 			t.Errorf("a root file of %d bytes was read", i)
 		}
 	}
-	if _, err := parseRoot(append(good, 0)); err == nil {
+	if _, err := parseRoot(append(good, 0), nil); err == nil {
 		t.Error("a root file with a byte too much was read")
 	}
 }
 
 // The chain is HKDF as documented, and one-way: root n+1 is not root n's data key.
 func TestRootChain(t *testing.T) {
-	r, err := newRoot()
+	r, err := newRoot(nil)
 	must(t, err)
 	want, err := hkdf.Key(sha512.New, r.secret.Bytes(), r.store[:], "Q-IPsec v1 root", 32)
 	must(t, err)
@@ -268,9 +268,9 @@ func TestRatchetForgets(t *testing.T) {
 	must(t, s.Destroy(ctx, testPool, 2, key.Expired, "age"))
 	must(t, s.Ratchet(ctx))
 
-	oldRoot, err := readRoot(filepath.Join(old, "root"))
+	oldRoot, err := readRoot(filepath.Join(old, "root"), nil)
 	must(t, err)
-	newRoot, err := readRoot(filepath.Join(dir, "root"))
+	newRoot, err := readRoot(filepath.Join(dir, "root"), nil)
 	must(t, err)
 	if oldRoot.epoch+1 != newRoot.epoch || oldRoot.secret.Equal(newRoot.secret) {
 		t.Fatal("the root file was not replaced")

@@ -23,10 +23,13 @@ type Options struct {
 	// if only its last element is missing.
 	URL string
 	// RootFile holds the root, 96 bytes, mode 0600 or 0400. It must not lie in any
-	// backup of the database. It is made if the database is new. A file in a
-	// systemd credentials directory can be read, but not ratcheted.
+	// backup of the database. It is made if the database is new. It is replaced at
+	// each ratchet: its directory must be writable.
 	RootFile string
-	Log      *slog.Logger
+	// RootCredential is a file with the 32 bytes that the root file is sealed by,
+	// such as one in a systemd credentials directory. Empty: it is not sealed.
+	RootCredential string
+	Log            *slog.Logger
 	// Now is wall time for history and events; nil is time.Now.
 	Now func() time.Time
 	// HistoryRows and EventRows bound the two logs: the oldest rows go. 0 means
@@ -52,6 +55,7 @@ type Store struct {
 
 	// Guarded by turn.
 	root         *root // in the root file
+	credential   *key.Material
 	epoch        uint64
 	data         map[uint64]cipher.AEAD // data keys of root.epoch and the one after
 	historyNext  int64
@@ -147,6 +151,7 @@ func (s *Store) shut() error {
 	if s.root != nil {
 		s.root.secret.Wipe()
 	}
+	s.credential.Wipe() // nil where there is none
 	s.data = nil
 	if s.lock != nil {
 		errs = append(errs, s.lock.Close()) // last: the lock covers all before

@@ -1,11 +1,13 @@
 package twonodes
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -103,6 +105,50 @@ func TestRollbackOfOneNode(t *testing.T) {
 				t.Error(f)
 			}
 		})
+	}
+}
+
+// A node whose root file is sealed by a credential works as any other: it is
+// made so, ratchets, is killed and starts again. Without the credential it does
+// not start, says why, and is none the worse for it.
+func TestSealedRootFile(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, 10, "intake_interval = \"50ms\"\nlease = 64\nratchet_keys = 100\n")
+	cred, config := s.path(0, "credential"), s.nodes[0].config
+	s.ok(os.WriteFile(cred, bytes.Repeat([]byte{3}, 32), 0o400))
+	text, err := os.ReadFile(config)
+	s.ok(err)
+	s.ok(os.WriteFile(config, bytes.Replace(text, []byte("[node]\n"), []byte("[node]\nroot_credential = \""+cred+"\"\n"), 1), 0o600))
+	s.up()
+	l := newLedger()
+	for range 2 {
+		s.ok(s.feed(2000))
+		s.agree()
+		s.supplying()
+		for range 3 {
+			s.pairsEqual(l)
+		}
+		s.ok(s.nodes[0].kill())
+		s.check(0, 0)
+		b, err := os.ReadFile(s.path(0, "state", "root"))
+		s.ok(err)
+		if !bytes.HasPrefix(b, []byte("QIPROOT2")) {
+			t.Error("the root file is not sealed")
+		}
+		s.ok(os.Rename(cred, cred+".away"))
+		s.nodes[0].start()
+		await(t, "the node says that it has no credential", func() error {
+			if !s.nodes[0].ended() || !strings.Contains(s.nodes[0].tail(), "credential cannot be used") {
+				return errors.New(s.nodes[0].tail())
+			}
+			return nil
+		})
+		s.ok(os.Rename(cred+".away", cred))
+		s.nodes[0].start()
+	}
+	s.agree()
+	for _, f := range l.list() {
+		t.Error(f)
 	}
 }
 
