@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -14,7 +15,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
 	"text/template"
 
 	"github.com/google/uuid"
@@ -109,8 +109,8 @@ func (p *pairPlan) fill(addresses, km, subnets string) error {
 		text string
 		set  func(*site, string) error
 	}{
-		"address":    {addresses, func(s *site, v string) (err error) { s.Address, err = netip.ParseAddr(v); return err }},
-		"km-address": {km, func(s *site, v string) (err error) { s.KM, err = netip.ParseAddr(v); return err }},
+		"address":    {addresses, func(s *site, v string) (err error) { s.Address, err = parseAddr(v); return err }},
+		"km-address": {km, func(s *site, v string) (err error) { s.KM, err = parseAddr(v); return err }},
 		"subnet":     {subnets, func(s *site, v string) (err error) { s.Subnet, err = netip.ParsePrefix(v); return err }},
 	} {
 		v := words(f.text)
@@ -122,6 +122,9 @@ func (p *pairPlan) fill(addresses, km, subnets string) error {
 				return usagef("--%s: %v", name, err)
 			}
 		}
+	}
+	if err := p.fits(); err != nil {
+		return err
 	}
 	if p.Seed == 0 {
 		var b [8]byte
@@ -137,6 +140,44 @@ func (p *pairPlan) fill(addresses, km, subnets string) error {
 	return nil
 }
 
+func parseAddr(s string) (netip.Addr, error) {
+	a, err := netip.ParseAddr(s)
+	return a.Unmap(), err
+}
+
+// fits refuses addresses and networks that no two gateways can have.
+func (p *pairPlan) fits() error {
+	a, b := p.Sites[0], p.Sites[1]
+	for _, f := range []struct {
+		flag string
+		v    [2]netip.Addr
+	}{{"address", [2]netip.Addr{a.Address, b.Address}}, {"km-address", [2]netip.Addr{a.KM, b.KM}}} {
+		for _, v := range f.v {
+			if v.IsUnspecified() || v.IsMulticast() || v.Zone() != "" {
+				return usagef("--%s: %v is not a unicast address without a zone", f.flag, v)
+			}
+		}
+		switch {
+		case f.v[0] == f.v[1]:
+			return usagef("--%s: %v is that of both nodes", f.flag, f.v[0])
+		case f.v[0].Is4() != f.v[1].Is4():
+			return usagef("--%s: %v and %v are of different families", f.flag, f.v[0], f.v[1])
+		}
+	}
+	for _, v := range []netip.Prefix{a.Subnet, b.Subnet} {
+		if v != v.Masked() {
+			return usagef("--subnet: %v has bits set behind the prefix; %v is meant?", v, v.Masked())
+		}
+	}
+	switch {
+	case a.Subnet == b.Subnet:
+		return usagef("--subnet: %v is behind both gateways", a.Subnet)
+	case a.Subnet.Addr().Is4() != b.Subnet.Addr().Is4():
+		return usagef("--subnet: %v and %v are of different families", a.Subnet, b.Subnet)
+	}
+	return nil
+}
+
 // seededID is a UUIDv8 (RFC 9562) of a thing. It is a name, not a secret.
 func seededID(seed uint64, what, name string) uuid.UUID {
 	sum := sha256.Sum256(fmt.Appendf(nil, "qipsec init|%d|%s|%s", seed, what, name))
@@ -146,19 +187,127 @@ func seededID(seed uint64, what, name string) uuid.UUID {
 	return id
 }
 
-// write makes all files. Without force it looks first and touches nothing if
-// one of its directories exists.
-func (p *pairPlan) write(a *app, out string, force bool) error {
-	dirs := []string{filepath.Join(out, "ca"), filepath.Join(out, p.Sites[0].Name), filepath.Join(out, p.Sites[1].Name)}
-	for _, d := range dirs {
-		if _, err := os.Lstat(d); !errors.Is(err, fs.ErrNotExist) && !force {
-			return fmt.Errorf("%s exists already: give another --out, or --force to replace what init writes", d)
+// write makes all files: aside first, then in their places, so that a failure
+// leaves nothing behind. Without force it touches nothing that is there.
+func (p *pairPlan) write(a *app, out string, force bool) (err error) {
+	configs, err := p.configs(out)
+	if err != nil {
+		return err
+	}
+	for _, d := range p.dirs() {
+		name := filepath.Join(out, d)
+		if _, err := os.Lstat(name); !errors.Is(err, fs.ErrNotExist) && !force {
+			return fmt.Errorf("%s exists already: give another --out, or --force to replace what init writes", name)
 		}
 	}
-	for _, d := range dirs {
-		if err := os.MkdirAll(d, 0o700); err != nil {
+	undo, err := makeDirs(out)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			undo()
+		}
+	}()
+	aside, err := os.MkdirTemp(out, ".qipsec-init-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(aside)) }()
+	if err := p.build(a, aside, configs); err != nil {
+		return err
+	}
+	if force {
+		return mergeInto(aside, out)
+	}
+	for i, d := range p.dirs() {
+		if err := os.Rename(filepath.Join(aside, d), filepath.Join(out, d)); err != nil {
+			for _, done := range p.dirs()[:i] {
+				err = errors.Join(err, os.RemoveAll(filepath.Join(out, done)))
+			}
 			return err
 		}
+	}
+	return nil
+}
+
+// dirs are the directories that init makes, for the CAs and for each node.
+func (p *pairPlan) dirs() []string { return []string{"ca", p.Sites[0].Name, p.Sites[1].Name} }
+
+// makeDirs makes out and what is missing above it; undo removes those again that
+// are still empty.
+func makeDirs(out string) (undo func(), err error) {
+	var made []string
+	for d := filepath.Clean(out); ; d = filepath.Dir(d) {
+		if _, err := os.Lstat(d); !errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		made = append(made, d)
+	}
+	undo = func() {
+		for _, d := range made {
+			_ = os.Remove(d) // one that somebody has put something into meanwhile stays
+		}
+	}
+	if err := os.MkdirAll(out, 0o700); err != nil {
+		undo()
+		return nil, err
+	}
+	return undo, nil
+}
+
+// mergeInto moves each file below from to its place below to, over what is there.
+func mergeInto(from, to string) error {
+	return filepath.WalkDir(from, func(name string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(from, name)
+		if err != nil {
+			return err
+		}
+		if e.IsDir() {
+			return os.MkdirAll(filepath.Join(to, rel), 0o700)
+		}
+		return os.Rename(name, filepath.Join(to, rel))
+	})
+}
+
+// configs writes both nodes' configs as text and reads them as their nodes will,
+// in directories below out.
+func (p *pairPlan) configs(out string) (text [2][]byte, err error) {
+	t, err := template.New("qipsecd.toml").Parse(nodeTemplate)
+	if err != nil {
+		return text, err
+	}
+	out, err = filepath.Abs(out)
+	if err != nil {
+		return text, err
+	}
+	for i, own := range p.Sites {
+		var b bytes.Buffer
+		if err := t.Execute(&b, struct {
+			*pairPlan
+			Own, Peer site
+			Role      string
+			First     bool
+		}{p, own, p.Sites[1-i], [2]string{"master", "slave"}[i], i == 0}); err != nil {
+			return text, err
+		}
+		dir := filepath.Join(out, own.Name)
+		if _, err := conf.ParseNode(filepath.Join(dir, "qipsecd.toml"), dir, b.Bytes()); err != nil {
+			return text, fmt.Errorf("nothing is written: the config would have faults (do two options not fit?): %w", err)
+		}
+		text[i] = b.Bytes()
+	}
+	return text, nil
+}
+
+// build makes the three directories below dir.
+func (p *pairPlan) build(a *app, dir string, configs [2][]byte) error {
+	caDir := filepath.Join(dir, p.dirs()[0])
+	if err := os.Mkdir(caDir, 0o700); err != nil {
+		return err
 	}
 	cas := map[string]*pki.CA{}
 	for _, name := range []string{caKM, caSAE, caIKE} {
@@ -170,33 +319,36 @@ func (p *pairPlan) write(a *app, out string, force bool) error {
 		if err != nil {
 			return err
 		}
-		if err := c.Write(dirs[0], name, force); err != nil {
+		if err := c.Write(caDir, name, false); err != nil {
 			return err
 		}
 		cas[name] = ca
 	}
-	for i := range p.Sites {
-		if err := p.writeNode(a, cas, dirs[0], dirs[1+i], i, force); err != nil {
+	for i, own := range p.Sites {
+		node := filepath.Join(dir, own.Name)
+		if err := p.buildNode(a, cas, node, own); err != nil {
+			return err
+		}
+		if err := pki.WriteFile(filepath.Join(node, "qipsecd.toml"), configs[i], 0o600, false); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// writeNode makes the directory of one node, and reads its config back.
-func (p *pairPlan) writeNode(a *app, cas map[string]*pki.CA, caDir, dir string, i int, force bool) error {
-	own, peer := p.Sites[i], p.Sites[1-i]
-	for _, d := range []string{"pki", "pki/saes", "intake"} {
+// buildNode makes the directory of one node, all but its config.
+func (p *pairPlan) buildNode(a *app, cas map[string]*pki.CA, dir string, own site) error {
+	for _, d := range []string{"pki/saes", "intake"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
 			return err
 		}
 	}
-	for _, name := range []string{caKM, caSAE, caIKE} {
-		b, err := os.ReadFile(filepath.Join(caDir, name+".crt"))
+	for name, ca := range cas {
+		c, err := ca.Credential()
 		if err != nil {
 			return err
 		}
-		if err := pki.WriteFile(filepath.Join(dir, "pki", name+"-ca.crt"), b, 0o644, force); err != nil {
+		if err := pki.WriteFile(filepath.Join(dir, "pki", name+"-ca.crt"), c.Cert, 0o644, false); err != nil {
 			return err
 		}
 	}
@@ -214,30 +366,9 @@ func (p *pairPlan) writeNode(a *app, cas map[string]*pki.CA, caDir, dir string, 
 		if err != nil {
 			return err
 		}
-		if err := c.Write(filepath.Join(dir, "pki"), l.file, force); err != nil {
+		if err := c.Write(filepath.Join(dir, "pki"), l.file, false); err != nil {
 			return err
 		}
-	}
-	t, err := template.New("qipsecd.toml").Parse(nodeTemplate)
-	if err != nil {
-		return err
-	}
-	var text strings.Builder
-	role := [2]string{"master", "slave"}[i]
-	if err := t.Execute(&text, struct {
-		*pairPlan
-		Own, Peer site
-		Role      string
-		First     bool
-	}{p, own, peer, role, i == 0}); err != nil {
-		return err
-	}
-	name := filepath.Join(dir, "qipsecd.toml")
-	if err := pki.WriteFile(name, []byte(text.String()), 0o600, force); err != nil {
-		return err
-	}
-	if _, err := conf.LoadNode(name); err != nil {
-		return fmt.Errorf("the config written has faults (did two options not fit?): %w", err)
 	}
 	return nil
 }

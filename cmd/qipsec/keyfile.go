@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -163,8 +164,9 @@ func setupKeyfileInspect(fs *flag.FlagSet) func(context.Context, *app, []string)
 }
 
 // readAtMost reads a file of at most max bytes. The caller wipes what it holds.
+// The open of a FIFO must not wait for a writer: nothing could end that.
 func readAtMost(name string, max int) ([]byte, error) {
-	f, err := os.Open(name)
+	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}

@@ -88,7 +88,7 @@ func run(ctx context.Context, a *app, args []string) int {
 		help(a.err)
 		return exitUsage
 	}
-	if args[0] == "help" || args[0] == "-h" || args[0] == "-help" || args[0] == "--help" {
+	if wantsHelp(args[0]) {
 		if len(args) == 1 {
 			help(a.out)
 			return exitOK
@@ -97,8 +97,7 @@ func run(ctx context.Context, a *app, args []string) int {
 	}
 	c, rest, ok := find(args)
 	if !ok {
-		fmt.Fprintf(a.err, "qipsec: no command %q; `qipsec help` lists them\n", strings.Join(args, " "))
-		return exitUsage
+		return noCommand(a, args)
 	}
 	fs := flag.NewFlagSet(c.name, flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
@@ -125,6 +124,36 @@ func run(ctx context.Context, a *app, args []string) int {
 		return e.code
 	}
 	return exitFailed
+}
+
+func wantsHelp(word string) bool {
+	return word == "help" || word == "-h" || word == "-help" || word == "--help"
+}
+
+// noCommand answers args that no command's name begins. The first word of several
+// commands' names gets their list.
+func noCommand(a *app, args []string) int {
+	asked := len(args) > 1 && wantsHelp(args[len(args)-1])
+	if asked {
+		args = args[:len(args)-1]
+	}
+	w, code := a.err, exitUsage
+	if asked {
+		w, code = a.out, exitOK
+	}
+	var group []command
+	for _, c := range commands() {
+		if first, _, ok := strings.Cut(c.name, " "); ok && len(args) == 1 && first == args[0] {
+			group = append(group, c)
+		}
+	}
+	if len(group) == 0 {
+		fmt.Fprintf(a.err, "qipsec: no command %q; `qipsec help` lists them\n", strings.Join(args, " "))
+		return exitUsage
+	}
+	fmt.Fprintf(w, "qipsec %s is several commands:\n", args[0])
+	list(w, group)
+	return code
 }
 
 // find takes the command with the longest name that args start with.
@@ -161,10 +190,14 @@ func parseArgs(fs *flag.FlagSet, args []string) (pos []string, err error) {
 
 func help(w io.Writer) {
 	fmt.Fprint(w, "qipsec operates Q-IPsec: QKD keys for IPsec tunnels and other devices.\n\nCommands:\n")
-	for _, c := range commands() {
+	list(w, commands())
+	fmt.Fprint(w, "\n`qipsec help COMMAND` shows a command's flags and an example.\nExit codes: 0 done, 1 failed, 2 wrong call.\n")
+}
+
+func list(w io.Writer, all []command) {
+	for _, c := range all {
 		fmt.Fprintf(w, "  %-34s %s\n", strings.TrimSpace(c.name+" "+c.args), c.about)
 	}
-	fmt.Fprint(w, "\n`qipsec help COMMAND` shows a command's flags and an example.\nExit codes: 0 done, 1 failed, 2 wrong call.\n")
 }
 
 func (c command) help(w io.Writer, fs *flag.FlagSet) {

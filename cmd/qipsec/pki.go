@@ -65,6 +65,9 @@ func setupPKIIssue(fs *flag.FlagSet) func(context.Context, *app, []string) error
 		if err := wantArgs(args, 2); err != nil {
 			return err
 		}
+		if b := *as; b != "" && (b == "." || b == ".." || filepath.Base(b) != b) {
+			return usagef("--as %q is not the base of a file name: --out names the directory", *as)
+		}
 		r := pki.Request{Name: args[1], DNS: words(*dns)}
 		for _, s := range words(*ips) {
 			ip, err := netip.ParseAddr(s)
