@@ -140,6 +140,16 @@ func TestFaults(t *testing.T) {
 		"addresses":         {[][2]string{{`local_addr = "192.0.2.1"`, `local_addr = "0.0.0.0"`}, {`remote_addr = "192.0.2.2"`, `remote_addr = "gw"`}}, "ipsec.connection[0].local_addr ipsec.connection[0].remote_addr"},
 		"families":          {[][2]string{{`remote_addr = "192.0.2.2"`, `remote_addr = "2001:db8::2"`}, {`["10.2.0.0/24"]`, `["2001:db8:2::/64"]`}}, "ipsec.connection[0].remote_addr ipsec.connection[0].child[0].remote_ts"},
 		"wildcard id":       {[][2]string{{`remote_id = "b.gw.q-ipsec"`, `remote_id = "*.gw.q-ipsec"`}}, "ipsec.connection[0].remote_id"},
+		"a name as id":      {[][2]string{{`remote_id = "b.gw.q-ipsec"`, `remote_id = "C=KR, O=KISTI, CN=b"`}}, "ipsec.connection[0].remote_id"},
+		"blank in id":       {[][2]string{{`remote_id = "b.gw.q-ipsec"`, `remote_id = "b gw"`}}, "ipsec.connection[0].remote_id"},
+		"charon's word":     {[][2]string{{`remote_id = "b.gw.q-ipsec"`, `remote_id = "%any4"`}, {`local_id = "a.gw.q-ipsec"`, `local_id = "@#xyz"`}}, "ipsec.connection[0].local_id ipsec.connection[0].remote_id"},
+		"own id otherwise":  {[][2]string{{`remote_id = "b.gw.q-ipsec"`, `remote_id = "@A.gw.q-ipsec"`}}, "ipsec.connection[0].remote_id"},
+		"one port":          {[][2]string{{`type2_listen = "192.0.2.1:8442"`, `type2_listen = "192.0.2.1:8441"`}}, "kms.type2_listen"},
+		"one port of any":   {[][2]string{{`type2_listen = "192.0.2.1:8442"`, `type2_listen = "[::]:8441"`}}, "kms.type2_listen"},
+		"two addresses":     {[][2]string{{`type2_listen = "192.0.2.1:8442"`, `type2_listen = "192.0.2.3:8441"`}}, ""},
+		"one socket":        {[][2]string{{`# plugin = "/run/q-ipsec/plugin.sock"`, `plugin = "/run/q-ipsec/operator.sock"`}, {`# vici = "/run/charon.vici"`, `vici = "/run/q-ipsec/operator.sock"`}}, "ipsec.vici ipsec.plugin"},
+		"fractions":         {[][2]string{{`# max_key_age = "1h"`, `max_key_age = "10900ms"`}, {`# rekey_time = "4h"`, `rekey_time = "20.5s"`}, {`# reauth_time = "0s"`, `reauth_time = "60500ms"`}, {`# dpd_delay = "30s"`, `dpd_delay = "1500ms"`}, {`# rekey_time = "10m"`, `rekey_time = "1.5s"`}, {`# notice_ttl = "5m"`, `notice_ttl = "1500ms"`}}, "kms.notice_ttl ipsec.connection[0].max_key_age ipsec.connection[0].rekey_time ipsec.connection[0].reauth_time ipsec.connection[0].dpd_delay ipsec.connection[0].child[0].rekey_time"},
+		"half a key's age":  {[][2]string{{`# max_key_age = "1h"`, `max_key_age = "11s"`}}, ""},
 		"own id":            {[][2]string{{`remote_id = "b.gw.q-ipsec"`, `remote_id = "a.gw.q-ipsec"`}}, "ipsec.connection[0].remote_id"},
 		"selectors":         {[][2]string{{`["10.1.0.0/24"]`, `["10.1.0.1/24", "here"]`}, {`["10.2.0.0/24"]`, `[]`}}, "ipsec.connection[0].child[0].local_ts[0] ipsec.connection[0].child[0].local_ts[1] ipsec.connection[0].child[0].remote_ts"},
 		"half of all":       {[][2]string{{`["10.1.0.0/24"]`, `["128.0.0.0/1"]`}}, "ipsec.connection[0].child[0].local_ts[0]"},
@@ -186,6 +196,16 @@ func TestFaults(t *testing.T) {
 				t.Errorf("faults in %q, want %q\n%v", got, c.fields, err)
 			}
 		})
+	}
+}
+
+// A default that comes from another key is in whole seconds as well.
+func TestDefaultRekeyTime(t *testing.T) {
+	for age, want := range map[string]time.Duration{"1h": 10 * time.Minute, "11s": 5 * time.Second} {
+		n, err := ParseNode("f", "/", []byte(strings.Replace(sample(t), `# max_key_age = "1h"`, `max_key_age = "`+age+`"`, 1)))
+		if err != nil || n.IPsec.Connection[0].Children[0].RekeyTime != want {
+			t.Errorf("max_key_age %s: %+v, %v, want rekey_time %v", age, n, err, want)
+		}
 	}
 }
 
@@ -433,6 +453,7 @@ remote_ts = [` + remote + `]
 	for name, c := range map[string]struct{ more, fault string }{
 		"equal ends":           {connection(addrA, addrB, idA, idB) + child(net1, `"10.9.0.0/24"`), ends},
 		"ids in another case":  {connection(addrA, addrB, "A.gw.q-ipsec", "B.GW.q-ipsec") + child(net1, `"10.9.0.0/24"`), ends},
+		"ids written longer":   {connection(addrA, addrB, "@a.gw.q-ipsec", "@B.gw.q-ipsec") + child(net1, `"10.9.0.0/24"`), ends},
 		"other local address":  {connection("192.0.2.7", addrB, idA, idB) + child(net1, net2), ""},
 		"other remote address": {connection(addrA, "192.0.2.7", idA, idB) + child(net1, net2), ""},
 		"other local id":       {connection(addrA, addrB, "a2.gw.q-ipsec", idB) + child(net1, net2), ""},

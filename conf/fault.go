@@ -117,6 +117,19 @@ func span(lo, hi time.Duration) func(string) (time.Duration, error) {
 	}
 }
 
+// seconds is span for what charon, the kernel or a peer counts in whole seconds: a
+// fraction would be cut without a word.
+func seconds(lo, hi time.Duration) func(string) (time.Duration, error) {
+	parse := span(lo, hi)
+	return func(s string) (time.Duration, error) {
+		d, err := parse(s)
+		if err == nil && d%time.Second != 0 {
+			return 0, fmt.Errorf("want whole seconds")
+		}
+		return d, err
+	}
+}
+
 // number gives the value of an integer field between lo and hi, def if absent
 // or at fault.
 func (r *reader) number(field string, v *int64, def, lo, hi int64) int64 {

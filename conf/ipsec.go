@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/q-ipsec/q-ipsec/ike/identity"
 	"github.com/q-ipsec/q-ipsec/kms/key"
 	"github.com/q-ipsec/q-ipsec/kms/pki"
 )
@@ -34,6 +35,9 @@ func (r *reader) ipsec(raw *rawIPsec, n *Node) *IPsec {
 
 		Reserve: int(r.number("ipsec.rekey_reserve", raw.Reserve, 32, 1, 1_000_000)),
 	}
+	sockets := map[string]string{n.Operator.Socket: "operator.socket"}
+	r.unique("ipsec.vici", v.VICI, sockets)
+	r.unique("ipsec.plugin", v.Plugin, sockets)
 	kmes := map[string]string{}
 	if n.KMS != nil {
 		kmes[Local] = "[kms]"
@@ -133,7 +137,7 @@ func (r *reader) equalEnds(list []Connection) {
 	}
 	seen := map[ends]string{}
 	for i, c := range list {
-		if e := (ends{c.LocalAddr, c.RemoteAddr, strings.ToLower(c.LocalID), strings.ToLower(c.RemoteID)}); e.local.IsValid() && e.remote.IsValid() && e.localID != "" && e.remoteID != "" {
+		if e := (ends{c.LocalAddr, c.RemoteAddr, identityKey(c.LocalID), identityKey(c.RemoteID)}); e.local.IsValid() && e.remote.IsValid() && e.localID != "" && e.remoteID != "" {
 			if first, ok := seen[e]; ok {
 				r.fault(fmt.Sprintf("ipsec.connection[%d].remote_id", i), "addresses and identities of both ends are those of connection %q: charon would take that one for what the peer begins; make the children those of one connection, or give one of the ends an identity for each", first)
 			} else {
@@ -221,17 +225,17 @@ func (r *reader) connection(at string, raw *rawConnection, children map[string]s
 		Policy:           parse(r, at+"policy", raw.Policy, Required, oneOf(Required, Optional, Off)),
 		Mix:              parse(r, at+"mix", raw.Mix, Hybrid, oneOf(Hybrid, QKD)),
 		AllowRelayedOnly: raw.AllowRelayedOnly,
-		MaxKeyAge:        parse(r, at+"max_key_age", raw.MaxKeyAge, defaultMaxKeyAge, span(10*time.Second, 24*time.Hour)),
+		MaxKeyAge:        parse(r, at+"max_key_age", raw.MaxKeyAge, defaultMaxKeyAge, seconds(10*time.Second, 24*time.Hour)),
 		MaxKeyBytes:      uint64(r.number(at+"max_key_bytes", raw.MaxKeyBytes, 0, 0, 1<<62)),
 		MaxKeyPackets:    uint64(r.number(at+"max_key_packets", raw.MaxKeyPackets, 0, 0, 1<<62)),
 		LocalAddr:        need(r, at+"local_addr", raw.LocalAddr, address),
 		RemoteAddr:       need(r, at+"remote_addr", raw.RemoteAddr, address),
-		LocalID:          need(r, at+"local_id", raw.LocalID, checked(identity)),
-		RemoteID:         need(r, at+"remote_id", raw.RemoteID, checked(identity)),
+		LocalID:          need(r, at+"local_id", raw.LocalID, checked(checkIdentity)),
+		RemoteID:         need(r, at+"remote_id", raw.RemoteID, checked(checkIdentity)),
 		Proposals:        r.words(at+"proposals", raw.Proposals),
-		RekeyTime:        parse(r, at+"rekey_time", raw.RekeyTime, defaultIKERekey, span(10*time.Second, 7*24*time.Hour)),
-		ReauthTime:       parse(r, at+"reauth_time", raw.ReauthTime, 0, span(0, 7*24*time.Hour)),
-		DPDDelay:         parse(r, at+"dpd_delay", raw.DPDDelay, defaultDPD, span(0, time.Hour)),
+		RekeyTime:        parse(r, at+"rekey_time", raw.RekeyTime, defaultIKERekey, seconds(10*time.Second, 7*24*time.Hour)),
+		ReauthTime:       parse(r, at+"reauth_time", raw.ReauthTime, 0, seconds(0, 7*24*time.Hour)),
+		DPDDelay:         parse(r, at+"dpd_delay", raw.DPDDelay, defaultDPD, seconds(0, time.Hour)),
 		MOBIKE:           raw.MOBIKE, Encap: raw.Encap,
 	}
 	least := key.Relayed
@@ -251,7 +255,7 @@ func (r *reader) connection(at string, raw *rawConnection, children map[string]s
 	if c.LocalSAE != "" && c.LocalSAE == c.PeerSAE {
 		r.fault(at+"peer_sae", "is local_sae itself")
 	}
-	if c.RemoteID != "" && c.LocalID == c.RemoteID {
+	if id := identityKey(c.RemoteID); id != "" && id == identityKey(c.LocalID) {
 		r.fault(at+"remote_id", "is local_id itself")
 	}
 	if c.LocalAddr.IsValid() && c.RemoteAddr.IsValid() && c.LocalAddr.Is4() != c.RemoteAddr.Is4() {
@@ -259,9 +263,6 @@ func (r *reader) connection(at string, raw *rawConnection, children map[string]s
 	}
 	if c.ReauthTime > 0 && c.ReauthTime < minReauth {
 		r.fault(at+"reauth_time", "%v: want at least %v, because each takes the tunnel down for a moment; 0s is never", c.ReauthTime, minReauth)
-	}
-	if c.DPDDelay > 0 && c.DPDDelay < time.Second {
-		r.fault(at+"dpd_delay", "%v: charon counts whole seconds; 0s is never", c.DPDDelay)
 	}
 	if len(raw.Child) == 0 {
 		r.fault(at+"child", "is missing: a connection protects nothing without one")
@@ -282,7 +283,7 @@ func (r *reader) child(at string, raw *rawChild, c *Connection) Child {
 		RemoteTS:     r.prefixes(at+"remote_ts", raw.RemoteTS),
 		ESPProposals: r.words(at+"esp_proposals", raw.ESPProposals),
 		Transport:    parse(r, at+"mode", raw.Mode, "tunnel", oneOf("tunnel", "transport")) == "transport",
-		RekeyTime:    parse(r, at+"rekey_time", raw.RekeyTime, min(defaultChildRekey, c.MaxKeyAge/2), span(time.Second, 24*time.Hour)),
+		RekeyTime:    parse(r, at+"rekey_time", raw.RekeyTime, min(defaultChildRekey, (c.MaxKeyAge/2).Truncate(time.Second)), seconds(time.Second, 24*time.Hour)),
 		RekeyBytes:   uint64(r.number(at+"rekey_bytes", raw.RekeyBytes, 0, 0, 1<<62)),
 		RekeyPackets: uint64(r.number(at+"rekey_packets", raw.RekeyPackets, 0, 0, 1<<62)),
 		Start:        parse(r, at+"start", raw.Start, StartNone, oneOf(StartNone, StartNow, StartTrap)),
@@ -422,13 +423,21 @@ func address(s string) (netip.Addr, error) {
 	return a.Unmap(), nil
 }
 
-// identity refuses what charon would take for a wildcard: any peer of the CA
-// could then speak for the SAE.
-func identity(s string) error {
-	if s == "%any" || strings.ContainsAny(s, "*\n\r\x00") || len(s) > 255 {
-		return fmt.Errorf("want one IKE identity without wildcards")
+// checkIdentity refuses what charon would take for a wildcard, because any peer of
+// the CA could then speak for the SAE, and what is no one identity.
+func checkIdentity(s string) error {
+	_, err := identity.Parse(s)
+	return err
+}
+
+// identityKey is equal for two ways of writing one identity; charon compares names
+// whatever their case.
+func identityKey(s string) string {
+	id, err := identity.Parse(s)
+	if err != nil {
+		return ""
 	}
-	return nil
+	return fmt.Sprintf("%d %s", id.Type, strings.ToLower(string(id.Data)))
 }
 
 func parseHTTPS(s string) (string, error) {

@@ -112,7 +112,7 @@ func (r *reader) kms(raw *rawKMS, tls *rawTLS, self string) *KMS {
 		Type2Listen:     parse(r, "kms.type2_listen", raw.Type2Listen, netip.AddrPort{}, listener),
 		IntakeInterval:  parse(r, "kms.intake_interval", raw.IntakeInterval, defaultIntakeInterval, span(10*time.Millisecond, time.Hour)),
 		Lease:           int(r.number("kms.lease", raw.Lease, defaultLease, 1, 1<<16)),
-		NoticeTTL:       parse(r, "kms.notice_ttl", raw.NoticeTTL, defaultNoticeTTL, span(time.Second, time.Hour)),
+		NoticeTTL:       parse(r, "kms.notice_ttl", raw.NoticeTTL, defaultNoticeTTL, seconds(time.Second, time.Hour)),
 		RatchetInterval: parse(r, "kms.ratchet_interval", raw.RatchetInterval, defaultRatchet, span(time.Second, defaultRatchet)),
 		RatchetKeys:     int(r.number("kms.ratchet_keys", raw.RatchetKeys, defaultRatchetKeys, 1, defaultRatchetKeys)),
 		RetryWindow:     parse(r, "kms.retry_window", raw.RetryWindow, 0, span(0, time.Minute)),
@@ -120,6 +120,9 @@ func (r *reader) kms(raw *rawKMS, tls *rawTLS, self string) *KMS {
 	}
 	if k.Type2Listen.IsValid() {
 		k.Type2 = r.files("tls.sae", tls.SAE)
+	}
+	if collide(k.Type1Listen, k.Type2Listen) {
+		r.fault("kms.type2_listen", "%v and type1_listen, %v, are one port: the second could not be had", k.Type2Listen, k.Type1Listen)
 	}
 	nodes := map[string]string{self: "node.name"}
 	for i, p := range raw.Peer {
@@ -227,6 +230,17 @@ func listener(s string) (netip.AddrPort, error) {
 		return netip.AddrPort{}, fmt.Errorf("is a multicast address")
 	}
 	return a, nil
+}
+
+// collide tells whether one machine cannot listen on both. On [::] it listens on
+// all addresses of IPv4 as well.
+func collide(a, b netip.AddrPort) bool {
+	x, y := a.Addr().Unmap(), b.Addr().Unmap()
+	if !a.IsValid() || !b.IsValid() || a.Port() != b.Port() {
+		return false
+	}
+	all := func(any, other netip.Addr) bool { return any.IsUnspecified() && (any.Is6() || other.Is4()) }
+	return x == y || all(x, y) || all(y, x)
 }
 
 func remote(s string) (netip.AddrPort, error) {

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/q-ipsec/q-ipsec/ike/identity"
 	"github.com/q-ipsec/q-ipsec/ike/plugin"
 	"github.com/q-ipsec/q-ipsec/ike/plugin/plugintest"
 	"github.com/q-ipsec/q-ipsec/kms/key"
@@ -397,7 +398,7 @@ type try struct {
 }
 
 func ident(name string) plugin.Identity {
-	return plugin.Identity{Type: idFQDN, Data: []byte(name + ".example")}
+	return plugin.Identity{Type: identity.FQDN, Data: []byte(name + ".example")}
 }
 
 func random(n int) []byte {
