@@ -150,6 +150,15 @@ func TestFaults(t *testing.T) {
 		"one socket":        {[][2]string{{`# plugin = "/run/q-ipsec/plugin.sock"`, `plugin = "/run/q-ipsec/operator.sock"`}, {`# vici = "/run/charon.vici"`, `vici = "/run/q-ipsec/operator.sock"`}}, "ipsec.vici ipsec.plugin"},
 		"fractions":         {[][2]string{{`# max_key_age = "1h"`, `max_key_age = "10900ms"`}, {`# rekey_time = "4h"`, `rekey_time = "20.5s"`}, {`# reauth_time = "0s"`, `reauth_time = "60500ms"`}, {`# dpd_delay = "30s"`, `dpd_delay = "1500ms"`}, {`# rekey_time = "10m"`, `rekey_time = "1.5s"`}, {`# notice_ttl = "5m"`, `notice_ttl = "1500ms"`}}, "kms.notice_ttl ipsec.connection[0].max_key_age ipsec.connection[0].rekey_time ipsec.connection[0].reauth_time ipsec.connection[0].dpd_delay ipsec.connection[0].child[0].rekey_time"},
 		"half a key's age":  {[][2]string{{`# max_key_age = "1h"`, `max_key_age = "11s"`}}, ""},
+		"intake of all":     {[][2]string{{`intake = "intake"`, `intake = "."`}}, "kms.pair[0].intake"},
+		"intake above":      {[][2]string{{`intake = "intake"`, `intake = "/etc"`}}, "kms.pair[0].intake"},
+		"intake of keys":    {[][2]string{{`intake = "intake"`, `intake = "pki"`}}, "kms.pair[0].intake"},
+		"intake of sockets": {[][2]string{{`intake = "intake"`, `intake = "/run/q-ipsec"`}}, "kms.pair[0].intake"},
+		"intake is state":   {[][2]string{{`intake = "intake"`, `intake = "/var/lib/q-ipsec"`}}, "kms.pair[0].intake"},
+		"intake in state":   {[][2]string{{`intake = "intake"`, `intake = "/var/lib/q-ipsec/intake"`}}, "kms.pair[0].intake"},
+		"intake of root":    {[][2]string{{`intake = "intake"`, `intake = "/secret"`}, {`# root_file = "/var/lib/q-ipsec/root"`, `root_file = "/secret/root"`}}, "kms.pair[0].intake"},
+		"intake beside":     {[][2]string{{`intake = "intake"`, `intake = "pki2"`}}, ""},
+		"intake in intake":  {[][2]string{{`intake = "intake"`, "intake = \"intake\"\n[[kms.pair]]\nid = \"0f4d7c9e-3b1a-8c2d-9e4f-5a6b7c8d9e10\"\nrole = \"slave\"\npeer = \"b\"\nqkd_id = \"1c0ffee0-0000-8000-8000-00000000000c\"\npeer_qkd_id = \"1c0ffee0-0000-8000-8000-00000000000d\"\nintake = \"intake/second\""}}, "kms.pair[0].intake"},
 		"own id":            {[][2]string{{`remote_id = "b.gw.q-ipsec"`, `remote_id = "a.gw.q-ipsec"`}}, "ipsec.connection[0].remote_id"},
 		"selectors":         {[][2]string{{`["10.1.0.0/24"]`, `["10.1.0.1/24", "here"]`}, {`["10.2.0.0/24"]`, `[]`}}, "ipsec.connection[0].child[0].local_ts[0] ipsec.connection[0].child[0].local_ts[1] ipsec.connection[0].child[0].remote_ts"},
 		"half of all":       {[][2]string{{`["10.1.0.0/24"]`, `["128.0.0.0/1"]`}}, "ipsec.connection[0].child[0].local_ts[0]"},
@@ -519,7 +528,10 @@ remote_ts = ["2001:db8:b::/64"]
 func installed(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
-	for _, d := range []string{"pki", "intake", "state"} {
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range []string{"pki", "intake", "state", "other"} {
 		if err := os.Mkdir(filepath.Join(dir, d), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -549,6 +561,7 @@ func installed(t *testing.T) string {
 	}
 	name := filepath.Join(dir, "qipsecd.toml")
 	text := strings.Replace(sample(t), `# state_dir = "/var/lib/q-ipsec"`, `state_dir = "state"`, 1)
+	text = strings.Replace(text, `# socket = "/run/q-ipsec/operator.sock"`, `socket = "run/operator.sock"`, 1)
 	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -574,9 +587,38 @@ func TestLoadChecksFiles(t *testing.T) {
 		"CA missing":         {func() error { return os.Rename(dir+"/pki/ike-ca.crt", dir+"/x") }, func() error { return os.Rename(dir+"/x", dir+"/pki/ike-ca.crt") }, "ipsec.ca"},
 		"other's key":        {swap(dir+"/pki/kme.key", dir+"/pki/ike.key"), swap(dir+"/pki/kme.key", dir+"/pki/ike.key"), "tls.sae.cert ipsec.cert"},
 		"state is no dir":    {func() error { return errors.Join(os.Remove(dir+"/state"), os.WriteFile(dir+"/state", nil, 0o600)) }, func() error { return errors.Join(os.Remove(dir+"/state"), os.Mkdir(dir+"/state", 0o700)) }, "node.state_dir"},
-		"state is not yet":   {func() error { return os.Remove(dir + "/state") }, func() error { return os.Mkdir(dir+"/state", 0o700) }, ""},
+		"config for all":     {chmod(name, 0o644), chmod(name, 0o600), "-"},
+		"config to all":      {chmod(name, 0o666), chmod(name, 0o600), "-"},
+		"config's directory": {chmod(dir, 0o755), chmod(dir, 0o700), "-"},
+		"config of another":  {chown(name, 970), chown(name, 0), "-"},
+		"dir of another":     {chown(dir, 970), chown(dir, 0), "-"},
+		"CA to a group":      {chmod(dir+"/pki/km-ca.crt", 0o664), chmod(dir+"/pki/km-ca.crt", 0o644), "tls.km.ca"},
+		"CA of another":      {chown(dir+"/pki/ike-ca.crt", 970), chown(dir+"/pki/ike-ca.crt", 0), "ipsec.ca"},
+		"certificate to all": {chmod(dir+"/pki/ike.crt", 0o646), chmod(dir+"/pki/ike.crt", 0o644), "ipsec.cert"},
+		"key of another":     {chown(dir+"/pki/ike.key", 970), chown(dir+"/pki/ike.key", 0), "ipsec.key"},
+		"certificates' dir":  {chmod(dir+"/pki", 0o770), chmod(dir+"/pki", 0o700), "tls.km.ca"}, // once, not for every file there
+		"readable dir":       {chmod(dir+"/pki", 0o755), chmod(dir+"/pki", 0o700), ""},
+		"root for a group":   {func() error { return os.WriteFile(dir+"/state/root", nil, 0o640) }, func() error { return os.Remove(dir + "/state/root") }, "node.root_file"},
+		"root in order":      {func() error { return os.WriteFile(dir+"/state/root", nil, 0o600) }, func() error { return os.Remove(dir + "/state/root") }, ""},
+		"sockets' directory": {func() error { return errors.Join(os.Mkdir(dir+"/run", 0o700), os.Chmod(dir+"/run", 0o777)) }, func() error { return os.Remove(dir + "/run") }, "operator.socket"},
+		"CA behind a link": {
+			func() error {
+				return errors.Join(os.Rename(dir+"/pki/ike-ca.crt", dir+"/other/ca"), os.Symlink("../other/ca", dir+"/pki/ike-ca.crt"), os.Chmod(dir+"/other", 0o777))
+			},
+			func() error {
+				return errors.Join(os.Chmod(dir+"/other", 0o700), os.Rename(dir+"/other/ca", dir+"/pki/ike-ca.crt"))
+			}, "ipsec.ca",
+		},
+		"intake by a link": {
+			func() error { return errors.Join(os.Remove(dir+"/intake"), os.Symlink("pki", dir+"/intake")) },
+			func() error { return errors.Join(os.Remove(dir+"/intake"), os.Mkdir(dir+"/intake", 0o700)) }, "kms.pair[0].intake",
+		},
+		"state is not yet": {func() error { return os.Remove(dir + "/state") }, func() error { return os.Mkdir(dir+"/state", 0o700) }, ""},
 	} {
 		t.Run(what, func(t *testing.T) {
+			if strings.Contains(what, "another") && os.Geteuid() != 0 {
+				t.Skip("only root can give a file away")
+			}
 			if err := c.spoil(); err != nil {
 				t.Fatal(err)
 			}
@@ -588,7 +630,7 @@ func TestLoadChecksFiles(t *testing.T) {
 			var f *Faults
 			if errors.As(err, &f) {
 				for _, v := range f.List {
-					got = append(got, v.Field)
+					got = append(got, or(v.Field, "-"))
 				}
 			}
 			if strings.Join(got, " ") != c.field {
@@ -615,6 +657,21 @@ func TestLoadChecksFiles(t *testing.T) {
 	if _, err := LoadNode(name); err == nil || !strings.Contains(err.Error(), "kms.pair[0].feeder") {
 		t.Errorf("unknown feeder: %v", err)
 	}
+}
+
+func or(a, b string) string {
+	if a == "" {
+		return b
+	}
+	return a
+}
+
+func chmod(name string, mode os.FileMode) func() error {
+	return func() error { return os.Chmod(name, mode) }
+}
+
+func chown(name string, uid int) func() error {
+	return func() error { return os.Chown(name, uid, -1) }
 }
 
 func swap(a, b string) func() error {

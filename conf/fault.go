@@ -41,6 +41,7 @@ func (f *Faults) Error() string {
 type reader struct {
 	dir    string // of the file; relative paths start here
 	faults []Fault
+	dirs   map[string]bool // looked at already
 }
 
 func (r *reader) fault(field, format string, args ...any) {

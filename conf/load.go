@@ -33,15 +33,16 @@ const (
 	defaultReplayWindow   = 128
 )
 
-// LoadNode reads qipsecd's config from a file and checks the files it names as
-// well: secrets that others can read, missing certificates and intake
-// directories are faults. The error is a *Faults unless the file cannot be read.
+// LoadNode reads qipsecd's config from a file and checks that file and those it
+// names as well: what others can change, secrets that they can read, missing
+// certificates and intake directories are faults. The error is a *Faults unless the file cannot be read.
 func LoadNode(name string) (*Node, error) {
 	text, dir, err := readConfig(name)
 	if err != nil {
 		return nil, err
 	}
 	r := &reader{dir: dir}
+	r.private(name)
 	n := r.node(text)
 	if n != nil {
 		r.nodeFiles(n)
@@ -102,6 +103,7 @@ func (r *reader) node(text []byte) *Node {
 	if raw.IPsec != nil {
 		n.IPsec = r.ipsec(raw.IPsec, n)
 	}
+	r.intakesApart(n, filepath.Clean)
 	return n
 }
 

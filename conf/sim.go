@@ -126,7 +126,8 @@ type rawSimEnd struct {
 	} `toml:"sftp"`
 }
 
-// LoadSim reads qkdsim's config from a file and checks the key files it names.
+// LoadSim reads qkdsim's config from a file and checks that file and those it
+// names: what others can change, and keys that they can read, are faults.
 // The error is a *Faults unless the file cannot be read.
 func LoadSim(name string) (*Sim, error) {
 	text, dir, err := readConfig(name)
@@ -134,6 +135,7 @@ func LoadSim(name string) (*Sim, error) {
 		return nil, err
 	}
 	r := &reader{dir: dir}
+	r.trusted("", resolved(name))
 	s := r.sim(text)
 	if s != nil {
 		r.simFiles(s)
@@ -255,15 +257,22 @@ func (r *reader) simFiles(s *Sim) {
 		case e.Dir != "":
 			if fi, err := os.Stat(e.Dir); err != nil || !fi.IsDir() {
 				r.fault(fmt.Sprintf("%s.dir", role), "%s is not a directory we can reach", e.Dir)
+			} else if m := fi.Mode().Perm(); m&0o022 != 0 {
+				r.fault(fmt.Sprintf("%s.dir", role), "%s has mode %#o: others can change what is delivered; chmod go-w it", e.Dir, m)
 			}
 		case e.SFTP != nil:
 			if err := pki.CheckSecret(e.SFTP.Key); err != nil {
 				r.fault(fmt.Sprintf("%s.sftp.key", role), "%v", err)
 			}
+			r.dirOf(fmt.Sprintf("%s.sftp.key", role), e.SFTP.Key)
+			r.trusted(fmt.Sprintf("%s.sftp.host_key", role), e.SFTP.HostKey)
 			if _, err := os.Stat(e.SFTP.HostKey); err != nil {
 				r.fault(fmt.Sprintf("%s.sftp.host_key", role), "%v", err)
 			}
 		}
+	}
+	if s.StateFile != "" {
+		r.trusted("pair.state_file", s.StateFile)
 	}
 	if s.Control != nil {
 		r.certificate("control", s.Control.Files)

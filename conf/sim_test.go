@@ -3,6 +3,7 @@ package conf
 import (
 	"errors"
 	"os"
+	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
@@ -99,6 +100,48 @@ dir = "b"
 		}
 		if !found {
 			t.Errorf("%q for %q: no fault at %s in %v", c.repl, c.old, c.field, err)
+		}
+	}
+}
+
+// What others can change would let them choose keys, or the host that gets them.
+func TestLoadSimChecksFiles(t *testing.T) {
+	dir := t.TempDir()
+	name := filepath.Join(dir, "qkdsim.toml")
+	text, err := os.ReadFile("qkdsim.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Chmod(dir, 0o755), os.WriteFile(name, text, 0o644), os.WriteFile(dir+"/sftp.key", nil, 0o600),
+		os.WriteFile(dir+"/sftp-host.pub", nil, 0o644), os.WriteFile(dir+"/qkdsim.seq", nil, 0o600), os.Mkdir(dir+"/intake-a", 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadSim(name); err != nil {
+		t.Fatal(err)
+	}
+	for what, c := range map[string]struct {
+		file         string
+		spoilt, good os.FileMode
+		field        string
+	}{
+		"config":      {"qkdsim.toml", 0o666, 0o644, ""},
+		"directory":   {"", 0o777, 0o755, ""},
+		"key":         {"sftp.key", 0o640, 0o600, "slave.sftp.key"},
+		"host key":    {"sftp-host.pub", 0o664, 0o644, "slave.sftp.host_key"},
+		"seq":         {"qkdsim.seq", 0o606, 0o600, "pair.state_file"},
+		"destination": {"intake-a", 0o777, 0o755, "master.dir"},
+	} {
+		file := filepath.Join(dir, c.file)
+		if err := os.Chmod(file, c.spoilt); err != nil {
+			t.Fatal(err)
+		}
+		_, err := LoadSim(name)
+		var f *Faults
+		if !errors.As(err, &f) || len(f.List) != 1 || f.List[0].Field != c.field || !strings.Contains(err.Error(), file) {
+			t.Errorf("%s: %v", what, err)
+		}
+		if err := os.Chmod(file, c.good); err != nil {
+			t.Fatal(err)
 		}
 	}
 }

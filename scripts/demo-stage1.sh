@@ -4,6 +4,7 @@
 # No IPsec, no root. Exit status 0 only if every step was seen.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+umask 022 # the daemons take no config that others can change
 d=$(mktemp -d)
 a=127.0.82.1
 b=127.0.82.2

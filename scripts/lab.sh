@@ -6,6 +6,7 @@
 # The nodes listen on 127.0.81.1 and .2; LAB_NET=82 takes 127.0.82.1 and .2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+umask 022 # the daemons take no config that others can change
 lab=out/lab
 a=127.0.${LAB_NET:-81}.1
 b=127.0.${LAB_NET:-81}.2
