@@ -196,7 +196,7 @@ func (a *Agent) PutBack(k Key) {
 	k.Material.Wipe()
 }
 
-// Claim takes the key at pos, which the node peer owns, out of memory: once,
+// Claim takes the key at pos, which the node peer hands out, out of memory: once,
 // and never after it was burned. The caller owns the Material. ErrGone if id is
 // not there.
 func (a *Agent) Claim(peer string, pool uuid.UUID, pos key.Position, id key.ID) (*key.Material, key.Class, error) {
@@ -279,7 +279,7 @@ func (a *Agent) keep(pool uuid.UUID, upTo key.Position) map[key.ID]bool {
 	return out
 }
 
-// The four methods below are the handler of Type-1 (type1.Agent); the handler
+// The five methods below are the handler of Type-1 (type1.Agent); the handler
 // has made sure that peer is the pool's other end.
 
 // Validate is M102 at the slave.
@@ -300,6 +300,11 @@ func (a *Agent) Burn(ctx context.Context, _ string, r type1.BurnRequest) (type1.
 // Sync meets the peer.
 func (a *Agent) Sync(ctx context.Context, _ string, r type1.SyncRequest) (type1.SyncResponse, error) {
 	return serve(ctx, a, r.Pool, func(p *pool) (type1.SyncResponse, error) { return p.onSync(ctx, r) })
+}
+
+// Want asks for keys of ours.
+func (a *Agent) Want(ctx context.Context, _ string, r type1.WantRequest) (type1.WantResponse, error) {
+	return serve(ctx, a, r.Pool, func(p *pool) (type1.WantResponse, error) { return p.onWant(r) })
 }
 
 // serve runs f with the pool's turn.

@@ -82,6 +82,7 @@ type Options struct {
 	NoticeLife      time.Duration // longer than any supply notice lives; default 2 h
 	RatchetInterval time.Duration // default 10 min
 	RatchetKeys     int           // ratchet after that many leased keys, too; default 100,000
+	Reserve         int           // keys of each peer's pools that this node does not give away, and asks for if it has fewer; default none
 	MaxHeld         int           // keys of one peer's leases in memory: no lease beyond it, no larger one; the same at both ends; default 100,000
 }
 
@@ -97,6 +98,7 @@ type Peer interface {
 	Lease(ctx context.Context, r type1.LeaseRequest) (type1.LeaseResponse, error)
 	Burn(ctx context.Context, r type1.BurnRequest) (type1.BurnResponse, error)
 	Sync(ctx context.Context, r type1.SyncRequest) (type1.SyncResponse, error)
+	Want(ctx context.Context, r type1.WantRequest) (type1.WantResponse, error)
 }
 
 // Side says whose mark or keys are meant.

@@ -30,6 +30,15 @@
 // than to let the lease confirm the block: the receiver would have to activate
 // a block whose proof it has not seen.
 //
+// # Transfer
+//
+// A node that has used up its own keys asks the peer for some of the peer's (want),
+// which come as a lease with purpose transfer: the owner's mark is durable first,
+// it holds the keys for Claim from then on and never hands them out, and the
+// receiver may take them once its own record of that mark is durable. What goes by
+// position therefore goes by owner, too: floors, BURN, sweep and what may be put
+// back. docs/model.md has the rules, decision 0009 who gives how much.
+//
 // # Locks
 //
 // Each pool has a turn and a mutex.

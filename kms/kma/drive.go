@@ -20,10 +20,14 @@ func (p *pool) drive(ctx context.Context) {
 	var bad failing
 	swept := time.Now()
 	for ctx.Err() == nil {
-		if now := time.Now(); now.Sub(swept) > sweepEvery {
+		now := time.Now()
+		if now.Sub(swept) > sweepEvery {
 			swept = now
 			p.sweep(ctx, now)
 		}
+		p.mu.Lock()
+		p.usage.turn(now)
+		p.mu.Unlock()
 		again, wait, err := p.step(ctx)
 		if ctx.Err() != nil {
 			return

@@ -18,16 +18,20 @@ const maxGrowth = 8
 type lease struct {
 	epoch uint64
 	req   type1.LeaseRequest
-	keys  []LeasedKey
+	keys  []LeasedKey    // to take once it is acknowledged
+	given []key.Position // of a transfer: held already
 }
 
-// refill fetches the next lease once half of the last one is used. It reports
-// whether there may be more to do at once, and how long to wait if the peer is
+// refill fetches the next lease once half of the last one is used, gives keys that
+// the peer was promised, or asks it for some. It reports whether there may be more to do at once, and how long to wait if the peer is
 // only not ready yet.
 func (p *pool) refill(ctx context.Context) (again bool, wait time.Duration, err error) {
 	if p.pending == nil {
-		if err := p.openLease(ctx); err != nil || p.pending == nil {
+		if err := p.openLease(ctx); err != nil {
 			return false, 0, err
+		}
+		if p.pending == nil {
+			return false, 0, p.want(ctx)
 		}
 	}
 	resp, err := p.peer.Lease(ctx, p.pending.req)
@@ -37,14 +41,16 @@ func (p *pool) refill(ctx context.Context) (again bool, wait time.Duration, err 
 	case code == type1.NotValidated:
 		return false, p.a.o.RetryMin, nil
 	case code == type1.Conflict:
-		p.log.Warn("the peer cannot take a lease: burned", "mark", key.Position(p.pending.req.Mark), "keys", len(p.pending.keys), "err", err)
+		p.log.Warn("the peer cannot take a lease: burned", "mark", key.Position(p.pending.req.Mark), "purpose", p.pending.req.Purpose, "keys", len(p.pending.keys)+len(p.pending.given), "err", err)
+		p.takeBack(p.pending, func(uint64) bool { return true })
 		p.dropPending()
 		return true, 0, nil
 	}
 	return false, 0, err
 }
 
-// dropPending burns the lease that is on its way.
+// dropPending burns the lease that is on its way. Given keys may have arrived: they
+// stay held until the peer burns them.
 func (p *pool) dropPending() {
 	if p.pending == nil {
 		return
@@ -57,17 +63,32 @@ func (p *pool) dropPending() {
 	p.mu.Unlock()
 }
 
+// due says what the next lease is for and how many keys it shall have; none, if it
+// is not time. A lease of a session whose BURN is still to come would be burned at
+// the peer only. The caller has the turn, so that the session stays what it is.
+func (p *pool) due() (purpose string, keys int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case !p.synced || p.active == 0:
+	case len(p.own)*2 <= p.size:
+		return type1.PurposeSupply, p.size
+	case p.giving > 0:
+		return type1.PurposeTransfer, p.giving
+	}
+	return "", 0
+}
+
 // openLease moves the next keys of ours from disk to memory, if it is time:
-// first the mark, durably, then the keys, then the announcement.
+// first the mark, durably, then the keys, then the announcement. Keys that are
+// given are held at once: this node does not hand them out any more.
 func (p *pool) openLease(ctx context.Context) error {
 	if err := p.acquire(ctx); err != nil {
 		return err
 	}
 	defer p.release()
-	p.mu.Lock()
-	size, full := p.size, len(p.own)*2 > p.size
-	p.mu.Unlock()
-	if full {
+	purpose, size := p.due()
+	if purpose == "" {
 		return nil
 	}
 	store := p.a.o.Store
@@ -80,7 +101,7 @@ func (p *pool) openLease(ctx context.Context) error {
 		return err
 	}
 	defer p.refresh(ctx)
-	if err := store.Advance(ctx, p.ID, Own, mark, type1.PurposeSupply, p.generation); err != nil {
+	if err := store.Advance(ctx, p.ID, Own, mark, purpose, p.generation); err != nil {
 		return fmt.Errorf("kma: lease up to %s: %w", mark, err)
 	}
 	keys, err := store.Load(ctx, p.ID, Own, info.Mark, mark)
@@ -89,21 +110,31 @@ func (p *pool) openLease(ctx context.Context) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.leasing = true
-	p.floor = p.usedUpTo(info.Mark)
-	p.pending = &lease{epoch: p.epoch, keys: keys, req: type1.LeaseRequest{
-		Pool: p.ID, Link: p.link(), Generation: p.generation, Purpose: type1.PurposeSupply,
+	p.floor = p.usedUpTo(p.Role, info.Mark)
+	p.pending = &lease{epoch: p.epoch, req: type1.LeaseRequest{
+		Pool: p.ID, Link: p.link(), Generation: p.generation, Purpose: purpose,
 		After: type1.Position(info.Mark), Mark: type1.Position(mark), Floor: type1.Position(p.floor), Seqs: seqsOf(keys),
 	}}
+	if purpose == type1.PurposeSupply {
+		p.pending.keys, p.leasing = keys, true
+		return nil
+	}
+	p.giving = 0
+	for _, k := range keys {
+		p.held[k.Position] = k
+		p.pending.given = append(p.pending.given, k.Position)
+	}
 	return nil
 }
 
-// usedUpTo is the position up to which no key of ours waits to be taken; mark
-// is that of the lease before. With mu.
-func (p *pool) usedUpTo(mark key.Position) key.Position {
+// usedUpTo is the position up to which no key of owner's waits to be taken; mark
+// is that of owner's lease before. With mu.
+func (p *pool) usedUpTo(owner key.Role, mark key.Position) key.Position {
 	low := mark
 	for i := range p.own {
-		low = min(low, p.own[i].Position-1)
+		if owner.Owns(p.own[i].Position) {
+			low = min(low, p.own[i].Position-1)
+		}
 	}
 	return low
 }
@@ -119,8 +150,8 @@ func seqsOf(keys []LeasedKey) []uint64 {
 	return seqs
 }
 
-// closeLease hands the pending lease to Take, without the blocks that the peer
-// does not have: those are destroyed.
+// closeLease hands the pending lease to Take, or leaves it to the peer's, without
+// the blocks that the peer does not have: those are destroyed.
 func (p *pool) closeLease(ctx context.Context, resp type1.LeaseResponse) error {
 	l := p.pending
 	if resp.Mark != l.req.Mark {
@@ -130,10 +161,12 @@ func (p *pool) closeLease(ctx context.Context, resp type1.LeaseResponse) error {
 		return err
 	}
 	defer p.release()
-	keys := l.keys
+	gone := func(seq uint64) bool { return slices.Contains(resp.Missing, seq) }
+	keys, n := l.keys, len(l.keys)+len(l.given)
 	l.keys = nil
+	p.takeBack(l, gone)
 	keys = slices.DeleteFunc(keys, func(k LeasedKey) bool {
-		missing := slices.Contains(resp.Missing, k.Position.Seq())
+		missing := gone(k.Position.Seq())
 		if missing {
 			k.Material.Wipe()
 		}
@@ -145,8 +178,8 @@ func (p *pool) closeLease(ctx context.Context, resp type1.LeaseResponse) error {
 		return errChanged
 	}
 	p.dropPending()
-	p.a.count(len(keys))
-	p.log.Debug("leased", "keys", len(keys), "mark", key.Position(l.req.Mark))
+	p.a.count(n)
+	p.log.Debug("leased", "purpose", l.req.Purpose, "keys", n, "mark", key.Position(l.req.Mark))
 	return p.destroyMissing(ctx, resp.Missing)
 }
 
@@ -158,13 +191,20 @@ func (p *pool) publish(l *lease, keys []LeasedKey) bool {
 		return false
 	}
 	p.own = append(p.own, keys...)
+	if l.given == nil {
+		p.grow()
+	}
+	return true
+}
+
+// grow makes the next lease larger if this one came too late; with mu.
+func (p *pool) grow() {
 	if p.starved {
 		p.size = min(2*p.size, maxGrowth*p.a.o.LeaseSize, max(p.a.o.LeaseSize, p.a.o.MaxHeld))
 		p.starved = false
 	} else {
 		p.size = max(p.size-p.size/8, p.a.o.LeaseSize)
 	}
-	return true
 }
 
 func (p *pool) destroyMissing(ctx context.Context, missing []uint64) error {
@@ -208,7 +248,7 @@ func (p *pool) onLease(ctx context.Context, r type1.LeaseRequest) (type1.LeaseRe
 	if after < info.PeerMark {
 		return none, &type1.Problem{Code: type1.Conflict, Detail: "a lease up to " + info.PeerMark.String() + " was taken before"}
 	}
-	if err := p.checkBlocks(ctx, r.Seqs, after, mark); err != nil {
+	if err := p.checkBlocks(ctx, r, after, mark); err != nil {
 		return none, err
 	}
 	defer p.refresh(ctx)
@@ -225,7 +265,11 @@ func (p *pool) onLease(ctx context.Context, r type1.LeaseRequest) (type1.LeaseRe
 	if err != nil {
 		return none, fmt.Errorf("kma: load the peer's lease up to %s, which is burned: %w", mark, err)
 	}
-	missing, ok := p.hold(r, keys)
+	keep := p.hold
+	if r.Purpose == type1.PurposeTransfer {
+		keep = p.receive
+	}
+	missing, ok := keep(r, keys)
 	if !ok {
 		return none, &type1.Problem{Code: type1.Overloaded, Detail: "this node is closing"}
 	}
@@ -237,7 +281,7 @@ func (p *pool) onLease(ctx context.Context, r type1.LeaseRequest) (type1.LeaseRe
 
 // checkBlocks makes sure, before anything changes, that no block of a lease is
 // still to be validated and that there is room for its keys.
-func (p *pool) checkBlocks(ctx context.Context, seqs []uint64, after, mark key.Position) error {
+func (p *pool) checkBlocks(ctx context.Context, r type1.LeaseRequest, after, mark key.Position) error {
 	blocks, err := p.a.o.Store.Blocks(ctx, p.ID)
 	if err != nil {
 		return err
@@ -247,7 +291,7 @@ func (p *pool) checkBlocks(ctx context.Context, seqs []uint64, after, mark key.P
 		if b.State == key.Active {
 			keys += ownedIn(p.Role.Other(), &b, after, mark)
 		}
-		if _, ok := slices.BinarySearch(seqs, b.Seq); ok && b.State == key.Received {
+		if _, ok := slices.BinarySearch(r.Seqs, b.Seq); ok && b.State == key.Received {
 			return &type1.Problem{Code: type1.NotValidated, Detail: fmt.Sprintf("seq %d is not validated here yet", b.Seq)}
 		}
 	}
@@ -256,7 +300,11 @@ func (p *pool) checkBlocks(ctx context.Context, seqs []uint64, after, mark key.P
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if len(p.held) >= p.a.o.MaxHeld {
+	waiting := len(p.held)
+	if r.Purpose == type1.PurposeTransfer {
+		waiting = len(p.own)
+	}
+	if waiting >= p.a.o.MaxHeld {
 		return &type1.Problem{Code: type1.Overloaded, Detail: "too many leased keys were not fetched yet"}
 	}
 	return nil
@@ -280,44 +328,59 @@ func ownedIn(role key.Role, b *BlockInfo, after, mark key.Position) int {
 	return max(0, hi/2-lo/2)
 }
 
-// hold keeps the keys of a peer's lease for Claim and says which of its blocks
-// gave none. What the peer did not list is wiped: it holds it not.
-func (p *pool) hold(r type1.LeaseRequest, keys []LeasedKey) (missing []uint64, ok bool) {
+// sortOut says which blocks of a peer's lease gave no keys. What the peer did not
+// list is wiped: it holds it not.
+func sortOut(r type1.LeaseRequest, keys []LeasedKey) (missing []uint64, listed []LeasedKey) {
 	got := seqsOf(keys)
 	for _, s := range r.Seqs {
 		if _, ok := slices.BinarySearch(got, s); !ok {
 			missing = append(missing, s)
 		}
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, k := range keys {
-		if _, listed := slices.BinarySearch(r.Seqs, k.Position.Seq()); p.closed || !listed {
+	return missing, slices.DeleteFunc(keys, func(k LeasedKey) bool {
+		_, ok := slices.BinarySearch(r.Seqs, k.Position.Seq())
+		if !ok {
 			k.Material.Wipe()
-			continue
 		}
-		p.held[k.Position] = k
-	}
-	return missing, !p.closed
+		return !ok
+	})
 }
 
-// sweep destroys keys of the peer's that it handed out so long ago that their
-// supply notice would have expired: it never arrived.
+// hold keeps the keys of a peer's lease for Claim and says which of its blocks
+// gave none.
+func (p *pool) hold(r type1.LeaseRequest, keys []LeasedKey) (missing []uint64, ok bool) {
+	missing, keys = sortOut(r, keys)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		wipe(keys)
+		return missing, false
+	}
+	for _, k := range keys {
+		p.held[k.Position] = k
+	}
+	return missing, true
+}
+
+// sweep destroys keys that the peer handed out so long ago that their supply notice
+// would have expired: it never arrived.
 func (p *pool) sweep(ctx context.Context, now time.Time) {
 	if err := p.acquire(ctx); err != nil {
 		return
 	}
 	defer p.release()
-	var upTo key.Position
-	for len(p.floors) > 0 && now.Sub(p.floors[0].at) > p.a.o.NoticeLife {
-		upTo = p.floors[0].pos
-		p.floors = p.floors[1:]
+	old := func(floors *[]floor) (upTo key.Position) {
+		for len(*floors) > 0 && now.Sub((*floors)[0].at) > p.a.o.NoticeLife {
+			upTo = max(upTo, (*floors)[0].pos)
+			*floors = (*floors)[1:]
+		}
+		return upTo
 	}
-	if upTo == 0 {
+	upTo, given := old(&p.floors), old(&p.givenFloors)
+	if upTo == 0 && given == 0 {
 		return
 	}
-	if _, gone := p.drop(upTo, p.a.keep(p.ID, upTo)); gone > 0 {
-		p.record(ctx, History{Side: Other, First: 1, Last: upTo, State: key.Destroyed, Count: gone, Detail: "used by the peer, no supply notice came: what it supplied it counts itself"})
-		p.log.Warn("destroyed keys that the peer used without a supply notice", "keys", gone, "up_to", upTo)
+	if _, gone := p.drop(ctx, upTo, given, "used by the peer, no supply notice came: what it supplied it counts itself"); gone > 0 {
+		p.log.Warn("destroyed keys that the peer used without a supply notice", "keys", gone, "up_to", upTo, "given_up_to", given)
 	}
 }

@@ -31,9 +31,13 @@ func misfortune(t *testing.T, seed uint64, kills int) {
 	w.line.set(seed, 0.15)
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
+	pauses := []int{2000, 2000}
+	if busy := r.IntN(3); busy < 2 { // else: both alike
+		pauses[1-busy], pauses[busy] = 40_000, 200 // one gives what the other lacks
+	}
 	for i, n := range []*node{w.a, w.b} {
 		mine := rand.New(rand.NewPCG(seed, uint64(100+i)))
-		wg.Go(func() { consume(ctx, w, l, n, mine) })
+		wg.Go(func() { consume(ctx, w, l, n, mine, pauses[i]) })
 	}
 	for range kills {
 		time.Sleep(time.Duration(r.IntN(150)) * time.Millisecond)
@@ -58,9 +62,9 @@ func misfortune(t *testing.T, seed uint64, kills int) {
 		return w.info(w.a).NewestSeq == seqs+1 && w.info(w.b).NewestSeq == seqs+1 && w.agreed()
 	})
 	l.mu.Lock()
-	taken := len(l.m)
+	taken, given := len(l.m), l.given
 	l.mu.Unlock()
-	t.Logf("%d keys taken; a: %s; b: %s", taken, w.describe(w.a), w.describe(w.b))
+	t.Logf("%d keys taken, %d of them given; a: %s; b: %s", taken, given, w.describe(w.a), w.describe(w.b))
 	// And it goes on: what is left can be taken and claimed.
 	for _, n := range []*node{w.a, w.b} {
 		l.drain(n)
@@ -68,11 +72,11 @@ func misfortune(t *testing.T, seed uint64, kills int) {
 }
 
 // consume plays SAEs at n: keys are taken, noticed or not, claimed at once,
-// later or never, sometimes put back.
-func consume(ctx context.Context, w *world, l *ledger, n *node, r *rand.Rand) {
+// later or never, sometimes put back. It pauses for as many microseconds at most.
+func consume(ctx context.Context, w *world, l *ledger, n *node, r *rand.Rand, pause int) {
 	var later []Key
 	for ctx.Err() == nil {
-		time.Sleep(time.Duration(r.IntN(2000)) * time.Microsecond)
+		time.Sleep(time.Duration(r.IntN(pause)) * time.Microsecond)
 		k, err := l.take(ctx, n)
 		if err != nil {
 			continue

@@ -3,6 +3,7 @@ package kma
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"slices"
 	"sync"
@@ -38,31 +39,40 @@ type pool struct {
 	lastLease   key.Position // Mark of the peer's last lease in this session, 0: none
 	lastAfter   key.Position
 	lastMissing []uint64
-	floors      []floor
+	floors      []floor // of the peer's keys
+	givenFloors []floor // of ours that were given to it
 
 	mismatch atomic.Bool // the algorithms of M102 differ, and an event has said so
 
 	mu sync.Mutex
 	session
-	own      []LeasedKey // to take, the next one first
-	held     map[key.Position]LeasedKey
-	refilled chan struct{} // closed and replaced when own or the session changes
-	leasing  bool          // a lease is being fetched
-	active   int           // keys on disk that are ours to lease
-	starved  bool          // own was found empty since the last lease
-	size     int           // of the next lease
-	floor    key.Position  // the peer was told that all up to here are used
+	own      []LeasedKey                // to take, the next one first: of our leases, and given to us
+	held     map[key.Position]LeasedKey // to claim: of the peer's leases, and given by us
+	refilled chan struct{}              // closed and replaced when own or the session changes
+	leasing  bool                       // a lease is being fetched
+	active   int                        // keys on disk that are ours to lease
+	starved  bool                       // own was found empty since the last lease
+	size     int                        // of the next lease
+	floor    key.Position               // the peer was told that all of ours up to here are used
 	closed   bool
+
+	// Transfer.
+	usage      usage
+	wantAfter  time.Time    // before it, do not ask for keys again
+	coming     bool         // the peer gives keys, they are on their way
+	giving     int          // keys that the peer shall get
+	givenFloor key.Position // the peer was told that all that it has given up to here are used
 }
 
 // session is what is known of the peer's process.
 type session struct {
-	peerInstance   uuid.UUID // nil: none was met
-	peerGeneration uint64    // the highest met
-	synced         bool      // our SYNC and, if due, BURN were answered by it
-	burnDue        bool      // leases of ours were lost
-	epoch          uint64    // counts the resets
-	burned         key.Position
+	peerInstance   uuid.UUID    // nil: none was met
+	peerGeneration uint64       // the highest met
+	synced         bool         // our SYNC and, if due, BURN were answered by it
+	burnDue        bool         // leases of ours were lost
+	epoch          uint64       // counts the resets
+	burned         key.Position // our own mark when it began, or what the peer knew of it
+	givenBurned    key.Position // the peer's mark when it began
 }
 
 // floor is a position up to which the peer has used its keys.
@@ -115,7 +125,7 @@ func (p *pool) changed() {
 func (p *pool) take() (Key, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if len(p.own)*2 <= p.size {
+	if len(p.own)*2 <= p.size || p.low() {
 		kick(p.work)
 	}
 	switch {
@@ -131,6 +141,7 @@ func (p *pool) take() (Key, error) {
 	k := p.own[0]
 	p.own[0] = LeasedKey{}
 	p.own = p.own[1:]
+	p.usage.now++
 	return Key{Pool: p.ID, Position: k.Position, ID: k.ID, Class: k.Class, Material: k.Material}, nil
 }
 
@@ -138,7 +149,7 @@ func (p *pool) take() (Key, error) {
 func (p *pool) takeWait(ctx context.Context, wait bool) (Key, error) {
 	for {
 		p.mu.Lock()
-		refilled, due := p.refilled, p.leasing || p.active > 0
+		refilled, due := p.refilled, p.leasing || p.active > 0 || p.coming
 		p.mu.Unlock()
 		k, err := p.take()
 		if err == nil || !wait || !due || !errors.Is(err, ErrEmpty) {
@@ -155,7 +166,11 @@ func (p *pool) takeWait(ctx context.Context, wait bool) (Key, error) {
 func (p *pool) putBack(k Key) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed || k.Position <= p.burned || k.Position <= p.floor {
+	gone := max(p.burned, p.floor)
+	if !p.Role.Owns(k.Position) {
+		gone = max(p.givenBurned, p.givenFloor)
+	}
+	if p.closed || k.Position <= gone {
 		k.Material.Wipe()
 		return
 	}
@@ -190,24 +205,40 @@ func (p *pool) refresh(ctx context.Context) {
 	}
 }
 
-// drop wipes the peer's keys up to upTo but those in keep. It gives the ids of
-// those and how many were wiped.
-func (p *pool) drop(upTo key.Position, keep map[key.ID]bool) (kept []key.ID, gone int) {
+// drop wipes the peer's keys up to upTo, and those that were given to it up to
+// given, but for what the KSA has supply notices of. It gives the ids of those and
+// records what was wiped, with why.
+func (p *pool) drop(ctx context.Context, upTo, given key.Position, why string) (kept []key.ID, gone int) {
 	kept = []key.ID{}
+	keep := p.a.keep(p.ID, max(upTo, given))
+	type count struct{ gone, kept int }
+	var theirs, ours count
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	for pos, k := range p.held {
+		bound, n := upTo, &theirs
+		if p.Role.Owns(pos) {
+			bound, n = given, &ours
+		}
 		switch {
-		case pos > upTo:
+		case pos > bound:
 		case keep[k.ID]:
 			kept = append(kept, k.ID)
+			n.kept++
 		default:
 			delete(p.held, pos)
 			k.Material.Wipe()
-			gone++
+			n.gone++
 		}
 	}
-	return kept, gone
+	p.mu.Unlock()
+	note := func(side Side, last key.Position, n count, what string) {
+		if n != (count{}) {
+			p.record(ctx, History{Side: side, First: 1, Last: last, State: key.Destroyed, Count: n.gone, Detail: fmt.Sprintf("%s%s, %d kept for supply notices", what, why, n.kept)})
+		}
+	}
+	note(Other, upTo, theirs, "")
+	note(Own, given, ours, "given to the peer, ")
+	return kept, theirs.gone + ours.gone
 }
 
 // close wipes everything, for ever.

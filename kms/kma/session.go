@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -131,7 +132,8 @@ func (p *pool) beforeSync(ctx context.Context) (type1.SyncState, uint64, error) 
 }
 
 // afterSync meets the peer by its answer and prepares the BURN, nil if none is
-// due; errNotMet if the peer has not met us.
+// due: it is at every start, since keys may have been given to us even if we never
+// had a lease. errNotMet if the peer has not met us.
 func (p *pool) afterSync(ctx context.Context, st type1.SyncState, epoch uint64) (*type1.BurnRequest, key.Position, uint64, error) {
 	if err := p.acquire(ctx); err != nil {
 		return nil, 0, 0, err
@@ -153,7 +155,7 @@ func (p *pool) afterSync(ctx context.Context, st type1.SyncState, epoch uint64) 
 	if err != nil {
 		return nil, 0, 0, err
 	}
-	if !p.burnDue || info.Mark == 0 {
+	if !p.burnDue {
 		return nil, info.Mark, p.epoch, nil
 	}
 	return &type1.BurnRequest{Pool: p.ID, Link: p.link(), Generation: p.generation, UpTo: type1.Position(info.Mark)}, info.Mark, p.epoch, nil
@@ -215,10 +217,11 @@ func (p *pool) onBurn(ctx context.Context, r type1.BurnRequest) (type1.BurnRespo
 			return type1.BurnResponse{}, fmt.Errorf("kma: adopt the peer's mark %s: %w", upTo, err)
 		}
 	}
-	kept, gone := p.drop(upTo, p.a.keep(p.ID, upTo))
+	// What was given to the peer goes up to where it was when this session began, not
+	// up to what the peer says: more can be on its way in this session already.
+	kept, gone := p.drop(ctx, upTo, p.burned, "burned by the peer")
 	if gone > 0 || len(kept) > 0 {
 		p.log.Info("the peer has burned its leases", "up_to", upTo, "destroyed", gone, "kept", len(kept))
-		p.record(ctx, History{Side: Other, First: 1, Last: upTo, State: key.Destroyed, Count: gone, Detail: fmt.Sprintf("burned by the peer, %d kept for supply notices", len(kept))})
 	}
 	return type1.BurnResponse{Keep: kept}, nil
 }
@@ -240,7 +243,7 @@ func (p *pool) meet(ctx context.Context, st type1.SyncState) error {
 	fresh := st.Instance != p.peerInstance
 	other := fresh
 	if restored := key.Position(st.PeerMark); restored > info.Mark {
-		p.reset(ctx, restored, other)
+		p.reset(ctx, restored, info.PeerMark, other)
 		lost, err := p.a.o.Store.AdoptMark(ctx, p.ID, Own, restored)
 		if err != nil {
 			return fmt.Errorf("kma: adopt our mark %s, which the peer knows: %w", restored, err)
@@ -256,7 +259,7 @@ func (p *pool) meet(ctx context.Context, st type1.SyncState) error {
 		p.peerGeneration = st.Generation // it may have been raised
 		return nil
 	}
-	p.reset(ctx, max(info.Mark, key.Position(st.PeerMark)), other)
+	p.reset(ctx, max(info.Mark, key.Position(st.PeerMark)), info.PeerMark, other)
 	if mark := key.Position(st.Mark); mark > info.PeerMark {
 		if _, err := p.a.o.Store.AdoptMark(ctx, p.ID, Other, mark); err != nil {
 			return fmt.Errorf("kma: adopt the peer's mark %s: %w", mark, err)
@@ -273,32 +276,40 @@ func (p *pool) meet(ctx context.Context, st type1.SyncState) error {
 	return nil
 }
 
-// reset ends the session: our leased keys, up to mark, have no use any more.
-// What the peer has leased stays known if it is the same process still, which may
+// reset ends the session: the keys that wait to be taken, ours up to mark and those
+// that the peer has given up to peerMark, have no use any more. What the peer has leased stays known if it is the same process still, which may
 // repeat its last lease. With the turn.
-func (p *pool) reset(ctx context.Context, mark key.Position, other bool) {
+func (p *pool) reset(ctx context.Context, mark, peerMark key.Position, other bool) {
 	p.mu.Lock()
-	n := len(p.own)
-	var first key.Position
-	if n > 0 {
-		first = p.own[0].Position
+	lost := map[bool]*History{ // by whether the keys are ours
+		true:  {Side: Own, Last: mark, State: key.Destroyed, Detail: "burned: the session has ended"},
+		false: {Side: Other, Last: peerMark, State: key.Destroyed, Detail: "given to this node, burned: the session has ended"},
+	}
+	for _, k := range p.own {
+		h := lost[p.Role.Owns(k.Position)]
+		if h.Count++; h.Count == 1 {
+			h.First = k.Position
+		}
 	}
 	wipe(p.own)
 	p.own = nil
+	p.giving, p.coming, p.wantAfter = 0, false, time.Time{}
 	p.peerInstance = uuid.Nil
 	p.synced = false
 	p.burnDue = true
 	p.epoch++
-	p.burned = max(p.burned, mark)
+	p.burned, p.givenBurned = max(p.burned, mark), max(p.givenBurned, peerMark)
 	p.changed()
 	p.mu.Unlock()
 	if other {
 		p.lastLease, p.lastAfter, p.lastMissing = 0, 0, nil
 	}
 	p.mismatch.Store(false)
-	if n > 0 {
-		p.log.Info("burned our lease: the session has ended", "keys", n)
-		p.record(ctx, History{Side: Own, First: first, Last: mark, State: key.Destroyed, Count: n, Detail: "burned: the peer restarted"})
+	for _, h := range lost {
+		if h.Count > 0 {
+			p.log.Info("burned what was left of our leases: the session has ended", "keys", h.Count, "up_to", h.Last)
+			p.record(ctx, *h)
+		}
 	}
 }
 

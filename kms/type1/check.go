@@ -90,7 +90,7 @@ func (r *LeaseRequest) check() error {
 		return errors.New("type1: lease is empty: mark is not above after")
 	case r.Floor > r.Mark:
 		return errors.New("type1: floor is above mark")
-	case r.Purpose != PurposeSupply:
+	case r.Purpose != PurposeSupply && r.Purpose != PurposeTransfer:
 		return errors.New("type1: unknown purpose of a lease")
 	case len(r.Seqs) > MaxLease:
 		return fmt.Errorf("type1: a lease of more than %d blocks", MaxLease)
@@ -111,6 +111,26 @@ func (r *BurnRequest) check() error       { return r.Link.check() }
 func (r *BurnResponse) check() error {
 	if len(r.Keep) > MaxKeep {
 		return fmt.Errorf("type1: more than %d keys kept", MaxKeep)
+	}
+	return nil
+}
+
+func (r *WantRequest) pools() []uuid.UUID { return []uuid.UUID{r.Pool} }
+
+func (r *WantRequest) check() error {
+	if r.Keys < 1 {
+		return errors.New("type1: no keys are wanted")
+	}
+	return errors.Join(counts(r.Keys, r.Left, r.Used), r.Link.check())
+}
+
+func (r *WantResponse) check() error { return counts(r.Giving) }
+
+func counts(list ...int) error {
+	for _, n := range list {
+		if n < 0 || n > MaxCount {
+			return fmt.Errorf("type1: %d is no number of keys", n)
+		}
 	}
 	return nil
 }

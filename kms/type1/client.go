@@ -109,6 +109,13 @@ func (c *Client) Sync(ctx context.Context, r SyncRequest) (SyncResponse, error) 
 	return out, err
 }
 
+// Want asks for keys that the peer owns.
+func (c *Client) Want(ctx context.Context, r WantRequest) (WantResponse, error) {
+	var out WantResponse
+	err := c.call(ctx, PathWant, &r, &out)
+	return out, err
+}
+
 // SupplyNotice delivers supply notices: nil means that the peer has all.
 func (c *Client) SupplyNotice(ctx context.Context, r NoticeRequest) error {
 	return c.call(ctx, PathSupplyNotice, &r, &NoticeResponse{})

@@ -18,6 +18,7 @@ type Agent interface {
 	Lease(ctx context.Context, peer string, r LeaseRequest) (LeaseResponse, error)
 	Burn(ctx context.Context, peer string, r BurnRequest) (BurnResponse, error)
 	Sync(ctx context.Context, peer string, r SyncRequest) (SyncResponse, error)
+	Want(ctx context.Context, peer string, r WantRequest) (WantResponse, error)
 }
 
 // Supply is the KSA behind the handler.
@@ -69,6 +70,7 @@ func NewHandler(o HandlerOptions) (http.Handler, error) {
 	handle(mux, h, PathLease, o.Agent.Lease)
 	handle(mux, h, PathBurn, o.Agent.Burn)
 	handle(mux, h, PathSync, o.Agent.Sync)
+	handle(mux, h, PathWant, o.Agent.Want)
 	handle(mux, h, PathSupplyNotice, func(ctx context.Context, peer string, r NoticeRequest) (NoticeResponse, error) {
 		return NoticeResponse{}, o.Supply.SupplyNotice(ctx, peer, r)
 	})

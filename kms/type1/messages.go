@@ -17,6 +17,7 @@ const (
 	PathLease        = "/type1/v1/lease"
 	PathBurn         = "/type1/v1/burn"
 	PathSync         = "/type1/v1/sync"
+	PathWant         = "/type1/v1/want"
 	PathSupplyNotice = "/type1/v1/supplyNotice"
 	PathPullNotice   = "/type1/v1/pullNotice"
 	PathPullSettled  = "/type1/v1/pullSettled"
@@ -30,6 +31,7 @@ const (
 	MaxNotices  = 1024    // notices, or Key-IDs of a pull
 	MaxSettled  = 1 << 13 // Key-IDs in one pullSettled, and of each kind in its answer
 	MaxKeep     = 1 << 17 // Key-IDs kept of a burned lease
+	MaxCount    = 1 << 40 // of keys, where a message tells how many there are
 	maxTag      = 32      // bytes
 
 	// MaxGeneration leaves a store that was pushed there by a peer as many starts
@@ -107,20 +109,24 @@ type ValidateResult struct {
 
 // LeaseRequest leases the sender's own keys in (After, Mark]. The sender has
 // Mark on disk already. The receiver answers once it has, too, and holds the
-// keys in memory.
+// keys in memory. With PurposeTransfer the keys are the receiver's to hand out
+// from then on, and the sender holds them.
 type LeaseRequest struct {
 	Pool uuid.UUID `json:"pool"`
 	Link
 	Generation uint64   `json:"generation"` // of the sender's store
-	Purpose    string   `json:"purpose"`    // PurposeSupply
+	Purpose    string   `json:"purpose"`    // PurposeSupply, PurposeTransfer
 	After      Position `json:"after"`
 	Mark       Position `json:"mark"`
 	Floor      Position `json:"floor"` // every own key up to here has been taken or burned
 	Seqs       []uint64 `json:"seqs"`  // the blocks that hold the lease's keys, rising
 }
 
-// PurposeSupply is the purpose of keys for SAEs.
-const PurposeSupply = "supply"
+// The purposes of a lease.
+const (
+	PurposeSupply   = "supply"   // the sender supplies the keys to its SAEs
+	PurposeTransfer = "transfer" // the sender gives them up: the receiver does
+)
 
 // LeaseResponse acknowledges a lease.
 type LeaseResponse struct {
@@ -140,6 +146,23 @@ type BurnRequest struct {
 // because it has supply notices for them. All others are destroyed.
 type BurnResponse struct {
 	Keep []key.ID `json:"keep"`
+}
+
+// WantRequest says that the sender runs out of keys of its own and asks for some
+// of the receiver's. It is a hint that changes nothing: what comes of it comes as
+// a lease with PurposeTransfer.
+type WantRequest struct {
+	Pool uuid.UUID `json:"pool"`
+	Link
+	Keys  int      `json:"keys"`  // how many it could do with
+	Left  int      `json:"left"`  // how many it can still hand out
+	Used  int      `json:"used"`  // how many it has handed out lately, in about a minute
+	Floor Position `json:"floor"` // every key up to here that was given to it has been taken or burned
+}
+
+// WantResponse says how many keys will be given; 0: none for now.
+type WantResponse struct {
+	Giving int `json:"giving"`
 }
 
 // SyncRequest opens a session. It and its answer say all that the two sides

@@ -60,6 +60,7 @@ var (
 	wantLease    = LeaseResponse{Mark: Position(key.At(3, 8)), Missing: []uint64{3}}
 	wantBurn     = BurnResponse{Keep: []key.ID{keyID}}
 	wantSync     = SyncResponse{SyncState{Instance: link.To, Generation: 4, PeerInstance: link.From, PeerGeneration: 3, Mark: Position(key.At(3, 8)), NewestSeq: 9, Received: []Range{}, Active: []Range{{3, 5}, {7, 7}}}}
+	wantWant     = WantResponse{Giving: 300}
 	wantSettled  = SettledResponse{KeyIDs: []key.ID{keyID}, UpTo: 1<<52 + 1, More: true, Held: []key.ID{{7}}}
 	aNotice      = Notice{Pool: poolID, Position: Position(key.At(3, 2)), KeyID: keyID, MasterSAE: "sae-a", SlaveSAEs: []string{"sae-b"}, SizeBits: 256, TTLSeconds: 60}
 )
@@ -78,6 +79,10 @@ func (r *recorder) Burn(_ context.Context, peer string, q BurnRequest) (BurnResp
 
 func (r *recorder) Sync(_ context.Context, peer string, q SyncRequest) (SyncResponse, error) {
 	return wantSync, r.note(peer, q)
+}
+
+func (r *recorder) Want(_ context.Context, peer string, q WantRequest) (WantResponse, error) {
+	return wantWant, r.note(peer, q)
 }
 
 func (r *recorder) SupplyNotice(_ context.Context, peer string, q NoticeRequest) error {
@@ -176,12 +181,17 @@ func sampleRequests() (ValidateRequest, LeaseRequest, BurnRequest, SyncRequest) 
 		SyncRequest{Pool: poolID, SyncState: SyncState{Instance: link.From, Generation: 3, PeerInstance: link.To, PeerGeneration: 2, NewestSeq: 4, Received: []Range{{4, 4}}, Active: []Range{{1, 2}}}}
 }
 
+func sampleWant() WantRequest {
+	return WantRequest{Pool: poolID, Link: link, Keys: 500, Left: 12, Used: 9000, Floor: Position(key.At(4, 5))}
+}
+
 // TestCalls sends every message over TLS and compares both directions.
 func TestCalls(t *testing.T) {
 	f := newFixture(t)
 	c := f.client(t, "a")
 	v, l, b, s := sampleRequests()
 	n, p, e := NoticeRequest{Notices: []Notice{aNotice}}, PullRequest{KeyIDs: []key.ID{keyID}}, SettledRequest{UpTo: 1 << 52, Due: []key.ID{keyID}}
+	w := sampleWant()
 	tests := []struct {
 		name       string
 		sent, want any
@@ -191,6 +201,7 @@ func TestCalls(t *testing.T) {
 		{"lease", l, wantLease, func(ctx context.Context) (any, error) { return c.Lease(ctx, l) }},
 		{"burn", b, wantBurn, func(ctx context.Context) (any, error) { return c.Burn(ctx, b) }},
 		{"sync", s, wantSync, func(ctx context.Context) (any, error) { return c.Sync(ctx, s) }},
+		{"want", w, wantWant, func(ctx context.Context) (any, error) { return c.Want(ctx, w) }},
 		{"supplyNotice", n, nil, func(ctx context.Context) (any, error) { return nil, c.SupplyNotice(ctx, n) }},
 		{"pullNotice", p, PullResponse{Notices: []Notice{aNotice}}, func(ctx context.Context) (any, error) { return c.PullNotice(ctx, p) }},
 		{"pullSettled", e, wantSettled, func(ctx context.Context) (any, error) { return c.PullSettled(ctx, e) }},
@@ -477,7 +488,7 @@ func TestRanges(t *testing.T) {
 // same after a second trip.
 func FuzzRequests(f *testing.F) {
 	v, l, b, s := sampleRequests()
-	for i, m := range []any{v, l, b, s, NoticeRequest{Notices: []Notice{aNotice}}, PullRequest{KeyIDs: []key.ID{keyID}}, SettledRequest{UpTo: 7, Due: []key.ID{{7}}}} {
+	for i, m := range []any{v, l, b, s, NoticeRequest{Notices: []Notice{aNotice}}, PullRequest{KeyIDs: []key.ID{keyID}}, SettledRequest{UpTo: 7, Due: []key.ID{{7}}}, sampleWant()} {
 		text, err := json.Marshal(m)
 		if err != nil {
 			f.Fatal(err)
@@ -486,7 +497,7 @@ func FuzzRequests(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, kind uint8, in []byte) {
 		fresh := func() request {
-			return []request{&ValidateRequest{}, &LeaseRequest{}, &BurnRequest{}, &SyncRequest{}, &NoticeRequest{}, &PullRequest{}, &SettledRequest{}}[kind%7]
+			return []request{&ValidateRequest{}, &LeaseRequest{}, &BurnRequest{}, &SyncRequest{}, &NoticeRequest{}, &PullRequest{}, &SettledRequest{}, &WantRequest{}}[kind%8]
 		}
 		m := fresh()
 		if decode(in, m) != nil || m.check() != nil {
@@ -511,7 +522,7 @@ func FuzzRequests(f *testing.F) {
 
 // FuzzAnswers feeds the client's decoders.
 func FuzzAnswers(f *testing.F) {
-	for i, m := range []any{wantValidate, wantLease, wantBurn, wantSync, PullResponse{Notices: []Notice{aNotice}}, wantSettled} {
+	for i, m := range []any{wantValidate, wantLease, wantBurn, wantSync, PullResponse{Notices: []Notice{aNotice}}, wantSettled, wantWant} {
 		text, err := json.Marshal(m)
 		if err != nil {
 			f.Fatal(err)
@@ -526,7 +537,7 @@ func FuzzAnswers(f *testing.F) {
 			}
 			return
 		}
-		m := []interface{ check() error }{&ValidateResponse{}, &LeaseResponse{}, &BurnResponse{}, &SyncResponse{}, &PullResponse{}, &SettledResponse{}}[kind%6]
+		m := []interface{ check() error }{&ValidateResponse{}, &LeaseResponse{}, &BurnResponse{}, &SyncResponse{}, &PullResponse{}, &SettledResponse{}, &WantResponse{}}[kind%7]
 		if decode(in, m) == nil {
 			_ = m.check()
 		}

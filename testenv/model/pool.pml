@@ -106,6 +106,11 @@ typedef Mem {
 	byte taken;    /* taken by GetKey, neither supplied nor put back */
 	byte floor;    /* told with a lease */
 	byte floors;   /* the highest that the peer told */
+#ifdef TRANSFER
+	byte gburned;  /* session.givenBurned: the peer's mark when the session began */
+	byte gfloor;   /* of keys given to us, told with WANT */
+	byte gfloors;  /* the highest that the peer told */
+#endif
 #endif
 };
 Mem mem[2];
@@ -119,6 +124,7 @@ Mem mem[2];
 #define BURN 2
 #define LEASE 3
 #define VALIDATE 4
+#define WANT 5
 #define OK 0
 #define NOTSYNCED 1
 #define NOTVALIDATED 2
@@ -136,7 +142,7 @@ typedef Msg {
 	byte rcv;    /* SYNC: received blocks; VALIDATE, answer: mismatch or never */
 	byte newest; /* SYNC */
 	bool give;   /* LEASE: the purpose is transfer */
-	byte floor;  /* LEASE */
+	byte floor;  /* LEASE, WANT */
 };
 Msg cur[2], late[2];
 byte call[2];  /* IDLE, ASKED, ANSWERED */
@@ -206,6 +212,9 @@ inline start(n) {
 	mem[n].issued = 0; mem[n].noticed = 0; mem[n].burned = 0;
 #ifdef FLOOR
 	mem[n].taken = 0; mem[n].floor = 0; mem[n].floors = 0;
+#ifdef TRANSFER
+	mem[n].gburned = 0; mem[n].gfloor = 0; mem[n].gfloors = 0;
+#endif
 #endif
 	avail[n] = 0; refused[n] = 0;
 	endcall(n);
@@ -250,6 +259,9 @@ inline reset(n, upto) {
 #endif
 	forget(n);
 	mem[n].pinst = 0; mem[n].synced = false; mem[n].burndue = true; mem[n].changed = true;
+#if defined(FLOOR) && defined(TRANSFER)
+	mem[n].gburned = disk[n].pmark;
+#endif
 	if
 #ifndef BUG_FORGET_LAST_LEASE
 	:: !other
@@ -380,6 +392,22 @@ inline onBurn(n) {
 	fi
 }
 
+/* onWant: what the peer has used of the keys that were given to it. How many it
+ * wants is not modelled: a transfer may begin at any moment. pool.onWant */
+inline onWant(n) {
+	if
+	:: STRANGER(n) -> r_code = NOTSYNCED
+	:: else ->
+#if defined(FLOOR) && defined(TRANSFER)
+		if
+		:: h_floor > mem[n].gfloors -> mem[n].gfloors = h_floor
+		:: else
+		fi
+#endif
+		skip
+	fi
+}
+
 /* validate1: the slave's verdict on one block. pool.judge */
 inline validate1(n, b) {
 	if
@@ -429,6 +457,7 @@ inline serve(n) {
 #endif
 	:: h_type == LEASE -> onLease(n)
 	:: h_type == BURN -> onBurn(n)
+	:: h_type == WANT -> onWant(n)
 	:: h_type == VALIDATE -> onValidate(n)
 	fi;
 	drop(n)
@@ -507,6 +536,12 @@ inline answered(n) {
 		:: else
 		fi;
 		endcall(n)
+	:: h_type == WANT -> /* pool.want */
+		if
+		:: h_code == NOTSYNCED -> mem[n].synced = false
+		:: else
+		fi;
+		endcall(n)
 	:: h_type == VALIDATE -> /* pool.validate */
 		if
 		:: h_code == NOTSYNCED -> mem[n].synced = false
@@ -578,6 +613,39 @@ inline sendLease(n) {
 	send(n)
 }
 
+#if defined(FLOOR) && defined(TRANSFER)
+/* sendWant, with the position up to which no given key waits to be taken.
+ * pool.want */
+inline sendWant(n) {
+	CLEAR(cur[n]);
+	cur[n].type = WANT; link(n);
+	keys = mem[n].own & OF(1 - n);
+	mem[n].gfloor = disk[n].pmark;
+	if
+	:: keys & 1 -> mem[n].gfloor = 0
+	:: !(keys & 1) && (keys & 2) -> mem[n].gfloor = 1
+	:: !(keys & 3) && (keys & 4) -> mem[n].gfloor = 2
+	:: !(keys & 7) && (keys & 8) -> mem[n].gfloor = 3
+	:: else
+	fi;
+	cur[n].floor = mem[n].gfloor;
+	send(n)
+}
+
+/* Whether a key that was taken may be put back. pool.putBack */
+#ifdef BUG_PUT_BACK_GIVEN
+#define TAKEABLE(n) (!(mem[n].taken & UPTO(mem[n].burned)) && !(mem[n].taken & UPTO(mem[n].floor)))
+#else
+#define TAKEABLE(n) (!(mem[n].taken & OF(n) & (UPTO(mem[n].burned) | UPTO(mem[n].floor))) && \
+	!(mem[n].taken & OF(1 - n) & (UPTO(mem[n].gburned) | UPTO(mem[n].gfloor))))
+#endif
+/* The keys that are taken and of this session. */
+#define TAKEN(n) (mem[n].taken & ~(OF(n) & UPTO(mem[n].burned)) & ~(OF(1 - n) & UPTO(mem[n].gburned)))
+#else
+#define TAKEABLE(n) (!(mem[n].taken & UPTO(mem[n].burned)) && !(mem[n].taken & UPTO(mem[n].floor)))
+#define TAKEN(n) (mem[n].taken & ~UPTO(mem[n].burned))
+#endif
+
 /* oneof: k is one key of keys, any. */
 inline oneof() {
 	if
@@ -599,7 +667,7 @@ inline claims() {
 	:: QUIET(A) && QUIET(B) && !(disk[A].rcv & (disk[B].rcv | disk[B].act)) ->
 		CLAIM(active_on_both_or_neither, ACTIVE(A) == ACTIVE(B));
 #ifdef FLOOR
-		CLAIM(leased_on_both_or_neither, !((mem[A].own | mem[A].taken & ~UPTO(mem[A].burned)) & ~mem[B].held) && !((mem[B].own | mem[B].taken & ~UPTO(mem[B].burned)) & ~mem[A].held))
+		CLAIM(leased_on_both_or_neither, !((mem[A].own | TAKEN(A)) & ~mem[B].held) && !((mem[B].own | TAKEN(B)) & ~mem[A].held))
 #else
 		CLAIM(leased_on_both_or_neither, mem[A].own == (mem[B].held & ~gave[A]) && mem[B].own == (mem[A].held & ~gave[B]));
 		CLAIM(stranded_on_both, !(mem[B].held & gave[A] & ~mem[A].issued & ~mem[B].noticed) && !(mem[A].held & gave[B] & ~mem[B].issued & ~mem[A].noticed))
@@ -665,6 +733,9 @@ end:
 	:: atomic { call[n] == IDLE && mem[n].synced && mem[n].pkeys -> sendLease(n); claims() }
 #ifdef TRANSFER
 	:: atomic { call[n] == IDLE && mem[n].synced && !mem[n].pkeys && (ACTIVE(n) & OF(n)) -> openLease(n, true); sendLease(n); claims() }
+#ifdef FLOOR
+	:: atomic { call[n] == IDLE && mem[n].synced -> sendWant(n); claims() }
+#endif
 #ifdef BUG_RECLAIM
 	:: atomic { call[n] == IDLE && mem[n].pkeys && mem[n].pgive ->
 		mem[n].own = mem[n].own | mem[n].pkeys; mem[n].held = mem[n].held & ~mem[n].pkeys; forget(n); claims() }
@@ -680,7 +751,7 @@ end:
 #ifdef BUG_PUT_BACK_BELOW_FLOOR
 		:: !(mem[n].taken & UPTO(mem[n].burned)) -> mem[n].own = mem[n].own | mem[n].taken
 #else
-		:: !(mem[n].taken & UPTO(mem[n].burned)) && !(mem[n].taken & UPTO(mem[n].floor)) -> mem[n].own = mem[n].own | mem[n].taken
+		:: TAKEABLE(n) -> mem[n].own = mem[n].own | mem[n].taken
 #endif
 		:: else
 		fi;
@@ -739,6 +810,11 @@ end:
 	:: atomic { mem[n].held & OF(1 - n) & UPTO(mem[n].floors) & ~mem[n].noticed &&
 		!((mem[m].taken | mem[m].issued) & OF(1 - n) & UPTO(mem[n].floors)) ->
 		mem[n].held = mem[n].held & ~(OF(1 - n) & UPTO(mem[n].floors) & ~mem[n].noticed); claims() }
+#ifdef TRANSFER
+	:: atomic { mem[n].held & OF(n) & UPTO(mem[n].gfloors) & ~mem[n].noticed &&
+		!((mem[m].taken | mem[m].issued) & OF(n) & UPTO(mem[n].gfloors)) ->
+		mem[n].held = mem[n].held & ~(OF(n) & UPTO(mem[n].gfloors) & ~mem[n].noticed); claims() }
+#endif
 #endif
 
 	/* Faults. */

@@ -31,11 +31,15 @@ func TestKill9(t *testing.T) {
 	s.up()
 	sd := drawSeed(t)
 	rng := rand.New(rand.NewPCG(sd, 1))
-	stop := s.feeding(5_000, 5_000)
+	stop := s.feeding(1_000, 2_000)
 	s.supplying()
 	d := startLoad(s, newLedger(), false, sd)
 	began, underLoad := time.Now(), 0
 	for i := range *kills {
+		// Every other kill meets a load that is nearly all at one node.
+		d.idle[0].Store(i%4 == 1)
+		d.idle[1].Store(i%4 == 3)
+		s.scarce.Store(i%2 == 1)
 		if d.strike(rng) {
 			underLoad++
 		}
@@ -47,7 +51,7 @@ func TestKill9(t *testing.T) {
 		s.agree()
 		s.pairsEqual(d.l)
 		if i+1 != *kills {
-			stop = s.feeding(5_000, 5_000)
+			stop = s.feeding(1_000, 2_000)
 		}
 		resume()
 		_, fetched, stranded := d.l.count()

@@ -33,6 +33,7 @@ type load struct {
 	gate  sync.RWMutex   // a master has it for reading during a call
 	open  sync.WaitGroup // tickets under way
 	todo  [2]chan ticket // by the node where they are fetched
+	idle  [2]atomic.Bool // nodes whose masters hardly call: the other one uses their keys up, too
 	empty atomic.Int64   // enc_keys calls answered 503
 	calls [2]atomic.Int64
 	wg    [2]sync.WaitGroup // masters, slaves
@@ -103,6 +104,9 @@ func (d *load) master(ctx context.Context, node int, c *etsi014.Client, rng *ran
 			d.todo[1-node] <- ids
 		}
 		d.gate.RUnlock()
+		if d.idle[node].Load() {
+			time.Sleep(50 * time.Millisecond) // the load, not a wait
+		}
 		var no *key.Unavailable
 		switch {
 		case err == nil || ctx.Err() != nil:

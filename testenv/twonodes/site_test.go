@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -74,6 +75,8 @@ type site struct {
 	nodes [2]*node
 	pair  [2]conf.Pair
 	seq   uint64 // of the newest QKD-Key file fed
+
+	scarce atomic.Bool // feeding waits until both nodes have few keys of their own
 }
 
 // newSite writes the configs, with kms as further lines of [kms], and more, of
@@ -194,7 +197,7 @@ func (s *site) waiting(node int) int {
 }
 
 // feeding feeds so that either node has at least so many keys of its own on
-// disk, until the function it gives is called.
+// disk, or one of them while keys are scarce, until the function it gives is called.
 func (s *site) feeding(own, perFile int) (stop func()) {
 	ctx, cancel := context.WithCancel(s.t.Context())
 	var wg sync.WaitGroup
@@ -221,13 +224,13 @@ func (s *site) keep(ctx context.Context, own, perFile int) error {
 		if s.waiting(0) > 2 || s.waiting(1) > 2 {
 			continue
 		}
-		low := false
+		low := 0
 		for _, n := range s.nodes {
 			if p, err := n.pool(ctx); err == nil && p.OwnActive+p.Received/2 < own {
-				low = true
+				low++
 			}
 		}
-		if !low {
+		if low == 0 || low == 1 && s.scarce.Load() {
 			continue
 		}
 		if err := s.feed(perFile); err != nil {
