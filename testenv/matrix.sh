@@ -10,7 +10,7 @@
 # Under `required` a cell passes only if every ESP packet has the SPI of an SA that a
 # qipsecd installed with a quantum key, and nothing is in clear, from before the
 # fault until after its end; under `optional` IKE's own keys may carry traffic, with
-# an alarm; under `off` qipsecd has no part in it.
+# an alarm; under `off`, which charon's setting names too, all ESP must be charon's own.
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=testenv/gateways.sh
 . "$here/gateways.sh"
@@ -28,14 +28,14 @@ kms-b~first rekey traffic boot~a-b.*GetKeyWithID at KME~the KMS of b is down
 keys-differ~first rekey traffic boot~a-b.*(C_i|confirm)~both KMSs give different keys for one Key-ID
 key-id-foreign~first rekey traffic boot~a-b.*GetKeyWithID~the KMS of b does not know the Key-ID
 key-id-replayed~first rekey traffic~a-b.*a second time~the KMS of a gives a Key-ID a second time
-plugin-missing~first boot~a-b.*has not loaded the qipsec plugin~b has no plugin
-plugin-version~first boot~a-b.*plugin was built for strongSwan~the plugin of b was built for another strongSwan
+plugin-missing~first rekey traffic boot~a-b.*has not loaded the qipsec plugin~b has no plugin
+plugin-version~first rekey traffic boot~a-b.*plugin was built for strongSwan~the plugin of b was built for another strongSwan
 vici~first rekey traffic boot~no charon~charon of a takes no VICI
 type1~first rekey traffic boot~a-b.*(GetKeyWithID|GetKey at KME)~Type-1 is cut: no supply notice
 qkde~first rekey traffic boot~~both QKDEs are silent, with keys in the pool
 pool-dry~first rekey traffic boot~a-b.*(no key|empty)~the pool has run dry
 damaged~first rekey traffic boot~~a damaged QKD-Key file at b
-stock-peer~first~a-b.*does not speak Q-IPsec~b is a stock charon
+stock-peer~first rekey traffic~a-b.*does not speak Q-IPsec~b is a stock charon
 strip~first boot~a-b.*does not speak Q-IPsec~an attacker takes the support notify out
 forge~first boot~~an attacker forges IKE_SA_INIT answers
 '
@@ -43,9 +43,13 @@ forge~first boot~~an attacker forges IKE_SA_INIT answers
 ip_of() { if [ "$1" = a ]; then echo 198.51.100.1; else echo 198.51.100.2; fi; }
 of() { awk -F'~' -v c="$1" -v f="$2" '$1 == c { print $f }' <<<"$causes"; }
 
-# Key-IDs that were used are remembered in memory: a KME that gives one again to a
-# gateway that has just booted is not found out, so that cell is not there. Nor is
-# stock-peer at boot: without the peer's KMS there is no key, as with `qipsecd`.
+# Cells that are not there, for scripts/matrix.sh to say: CAUSE WHEN~why
+absent_cells='
+key-id-replayed boot~Key-IDs that were used are remembered in memory: a gateway that has just booted cannot find out a KME that gives one again
+stock-peer boot~without the peer'"'"'s KMS there is no key, as when qipsecd is killed
+strip rekey, traffic~there is no IKE_SA_INIT in which to strip anything
+forge rekey, traffic~there is no IKE_SA_INIT to answer
+'
 
 # --- daemons: what a cause has taken away is not started -------------------------
 declare -A absent=() plugin=()
@@ -240,7 +244,10 @@ declare -A mark=()
 # said REGEXP: either qipsecd has logged such a line since the cell began.
 said() { for n in a b; do since "$n" | grep -qE -- "$1" && return; done; return 1; }
 since() { tail -n +$((${mark[$1]:-0} + 1)) "$GW/$1/log/qipsecd.log"; }
-why() { for n in a b; do since "$n" | grep -E -- "$1" | sed -E "s/^/$n: /"; done | tail -n 1; }
+# why REGEXP: the newest such line, an event if there is one.
+why() {
+    { for n in a b; do since "$n" | grep -E -- "$1"; done; for n in a b; do since "$n" | grep -E -- "$1" | grep -E ' event='; done; } | tail -n 1
+}
 
 pings() { grep -c 'bytes from' "$GW/ha/log/tempt.log"; }
 more_pings() { [ "$(pings)" -gt "$1" ]; }
@@ -276,6 +283,7 @@ wire_ok() {
     case $policy in
     required) [ "$clear" = 0 ] && [ "$classical" = 0 ] && [ "$unknown" = 0 ] ;;
     optional) [ "$unknown" = 0 ] && { [ "$classical" = 0 ] || said 'ipsec-fallback'; } ;;
+    off) [ "$unknown" -gt 0 ] && [ "$quantum" = 0 ] && [ "$classical" = 0 ] ;;
     esac
 }
 
@@ -285,7 +293,7 @@ cell() { # CAUSE WHEN POLICY
     set_policy "$policy"
     case $cause in kms-* | key*) enter other ;; *) enter own ;; esac
     await 90 tunnel_up || fail "$name: no tunnel to begin with"
-    await 90 keyed || fail "$name: no quantum key to begin with"
+    [ "$policy" = off ] || await 90 keyed || fail "$name: no quantum key to begin with"
     for n in a b; do mark[$n]=$(wc -l <"$GW/$n/log/qipsecd.log"); done
     capture_start "$name" || fail "tcpdump does not capture"
     before=$(pings)
@@ -319,29 +327,34 @@ cell() { # CAUSE WHEN POLICY
         if declare -F "look_$cause" >/dev/null; then "look_$cause" "$name"; fi
     fi
     sleep 3
-    before=$(sa_keys a)
+    line=${want:+$(why "$want")}
     booting=0
     "mend_$cause"
     check "$name: the tunnel comes back by itself" await 120 tunnel_up
-    line=$(pings)
-    check "$name: and carries traffic" await 30 more_pings "$line"
+    before=$(pings)
+    check "$name: and carries traffic" await 30 more_pings "$before"
     capture_stop "$name"
     classes "$name"
     check "$name: on the wire: $quantum ESP with a quantum key, $classical without, $unknown of unknown origin, $clear in clear" wire_ok
-    line=${want:+$(why "$want")}
     printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n' "$cause" "$when" "$policy" "$quantum" "$classical" "$unknown" "$clear" "${line#* msg=}" >>"$TESTENV_OUT/matrix.tsv"
     rm -f "$GW/wire/$name.pcap"
 }
 
+# set_policy POLICY: charon reads its setting `off` when it starts.
 policy_now=required
 set_policy() {
+    local n off
     [ "$policy_now" != "$1" ] || return 0
-    policy_now=$1
     for n in a b; do
         end "$n" qipsecd
         sed -i "s/^policy = .*/policy = \"$1\"/" "$GW/$n/run/etc/"{qipsecd,own}.toml 2>/dev/null
+        off=$GW/$n/run/strongswan.d/20-off.conf
+        rm -f "$off"
+        [ "$1" != off ] || printf 'charon {\n plugins {\n  qipsec {\n   off = a-b\n  }\n }\n}\n' >"$off"
+        [ "$1" != off ] && [ "$policy_now" != off ] || charon_stop "$n"
         start "$n"
     done
+    policy_now=$1
 }
 
 main() {
