@@ -178,3 +178,28 @@ ping_end() {
     sent=$(awk '/packets transmitted/ { print $1 }' "$GW/a/log/ping-$1.log")
     lost=$(awk '/packets transmitted/ { print $1 - $4 }' "$GW/a/log/ping-$1.log")
 }
+
+# held: NODE/DAEMON RSS FDS of each, kB and a count.
+held() {
+    local n d pid
+    for n in a b; do
+        for d in qipsecd charon; do
+            pid=${task_pid[$n/$d]}
+            echo "$n/$d $(awk '/^VmRSS/ { print $2 }' "/proc/$pid/status") $(ls "/proc/$pid/fd" | wc -l)"
+        done
+    done
+}
+
+# flat: by $GW/held.first and held.last no daemon grew by more than a quarter and
+# 8 MiB, nor by more than 8 descriptors.
+flat() {
+    paste -d' ' "$GW/held.first" "$GW/held.last" |
+        awk '{ if (!($2 && $3 && $5 <= $2 * 1.25 + 8192 && $6 <= $3 + 8)) { print "grew:", $0; bad = 1 } } END { exit bad || NR != 4 }'
+}
+
+# check_flat: flat, with the figures.
+check_flat() {
+    [ "${TESTENV_BREAK:-}" != leak ] || sed -i 's/ [0-9]* / 1 /' "$GW/held.first"
+    paste -d' ' "$GW/held.first" "$GW/held.last" | awk '{ printf "      %s: %d kB and %d descriptors, at the end %d and %d\n", $1, $2, $3, $5, $6 }'
+    check "no daemon's memory or descriptors grew" flat
+}

@@ -6,8 +6,9 @@
 #                                  a, 10.2.0.2 is behind the Q-IPsec tunnel, 10.12.0.2
 #                                  behind the stock one. What uses port 7000 and crosses
 #                                  the wire in clear is in the capture `clear`.
-#   traffic KIND NAME RATE REKEYS  numbered UDP packets through the qipsec or the stock
-#                                  tunnel while it is rekeyed each second
+#   traffic KIND NAME RATE REKEYS [INTERVAL]
+#                                  numbered UDP packets through the qipsec or the stock
+#                                  tunnel while it is rekeyed each second, or INTERVAL
 #   value, sum, lossless           what came of it
 #   find_rate                      the packets per second that both are to carry
 
@@ -64,11 +65,11 @@ sum() {
     [[ $a$b =~ ^[0-9]+$ ]] && [ -n "$a" ] && [ -n "$b" ] && echo $((a + b)) || echo unknown
 }
 
-# traffic KIND NAME RATE REKEYS: packets both ways through the qipsec or the stock
-# tunnel while it is rekeyed so often; longer than as many seconds if a rekey takes
-# more than one. The story is in $told.
+# traffic KIND NAME RATE REKEYS [INTERVAL]: packets both ways through the qipsec or the
+# stock tunnel while it is rekeyed so often; longer than as many intervals if a rekey
+# takes more than one. The story is in $told.
 traffic() {
-    local kind=$1 name=$2 rate=$3 rekeys=$4 log=$GW/a/log/$2 a=10.1.0.2 b=10.2.0.2 rc=0 h
+    local kind=$1 name=$2 rate=$3 rekeys=$4 interval=${5:-1s} log=$GW/a/log/$2 a=10.1.0.2 b=10.2.0.2 rc=0 h
     local -a udpnum=() with=(-a "$GW/a/run/q-ipsec/operator.sock" -b "$GW/b/run/q-ipsec/operator.sock")
     if [ "$kind" = stock ]; then
         a=10.11.0.2 b=10.12.0.2
@@ -82,7 +83,7 @@ traffic() {
             >"$log-$1.log" 2>&1 &
         udpnum+=($!)
     done
-    "$BIN/rekeyer" "${with[@]}" -count "$rekeys" -interval 1s >"$log-rekeys.log" 2>&1 || rc=$?
+    "$BIN/rekeyer" "${with[@]}" -count "$rekeys" -interval "$interval" >"$log-rekeys.log" 2>&1 || rc=$?
     kill -TERM "${udpnum[@]}"
     wait "${udpnum[0]}" && wait "${udpnum[1]}" || fail "udpnum: $(cat "$log-ha.log" "$log-hb.log")"
     sed "s/^/         $kind | /" "$log-ha.log" "$log-hb.log"
