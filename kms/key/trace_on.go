@@ -10,7 +10,8 @@ import (
 
 // The build tag keytrace is for `make test` alone: every Material is written to
 // the file named by QIPSEC_KEYTRACE as it is wiped, so that the test run can
-// search all its own output for key bytes. No daemon is ever built with it.
+// search all its own output for key bytes. No daemon is built with it but those that
+// Go tests build for themselves.
 var traceTo = sync.OnceValue(func() *os.File {
 	name := os.Getenv("QIPSEC_KEYTRACE")
 	if name == "" {

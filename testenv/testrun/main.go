@@ -109,16 +109,16 @@ type event struct {
 }
 
 // goTests runs the Go tests under the race detector, with every Material's
-// bytes traced to the file keys.
+// bytes traced to the file keys; by GOFLAGS in the daemons that tests build, too.
 func goTests(ctx context.Context, t *tally, log string, pkgs []string, keys string, timeout time.Duration) error {
 	f, err := os.Create(log)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	args := append([]string{"test", "-json", "-race", "-tags", "keytrace", "-timeout", timeout.String()}, pkgs...)
+	args := append([]string{"test", "-json", "-race", "-timeout", timeout.String()}, pkgs...)
 	cmd := exec.CommandContext(ctx, "go", args...)
-	cmd.Env = append(os.Environ(), "QIPSEC_KEYTRACE="+keys)
+	cmd.Env = append(os.Environ(), "QIPSEC_KEYTRACE="+keys, "GOFLAGS="+strings.TrimSpace(os.Getenv("GOFLAGS")+" -tags=keytrace"))
 	cmd.Stderr = io.MultiWriter(os.Stdout, f)
 	pipe, err := cmd.StdoutPipe()
 	if err != nil {
