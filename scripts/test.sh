@@ -5,7 +5,7 @@
 # is "total: N passed, N failed, N skipped".
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export TESTENV_TIMEOUT=900
+export TESTENV_TIMEOUT=1800
 exec bin/testrun -out out/test -parallel 3 \
     "testenv/run testenv/matrix.sh" \
     "testenv/run testenv/restarts.sh b:kill:qipsecd b:kill:both crash" \
