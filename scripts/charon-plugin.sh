@@ -189,6 +189,8 @@ compiler_flags() {
     symbols=$(nm -D --defined-only "$libdir/libcharon.so.0") || die "cannot read $libdir/libcharon.so.0"
     if grep -q ' connect_manager_create$' <<<"$symbols"; then flags+=(-DME); fi
     sa_fields
+    # Versions that keep the replacement's SPI forget it in collisions; see delete_in().
+    if grep -q 'get_rekey_spi' "$src/src/libcharon/sa/child_sa.h"; then flags+=(-DQI_REKEY_SPI); fi
     # shellcheck disable=SC2206
     flags+=(${CHARON_PLUGIN_DEFINES:-})
 }

@@ -6,6 +6,7 @@
 
 #include "qipsec_state.h"
 
+#include <encoding/payloads/delete_payload.h>
 #include <encoding/payloads/id_payload.h>
 #include <encoding/payloads/nonce_payload.h>
 #include <encoding/payloads/notify_payload.h>
@@ -132,6 +133,67 @@ static void init_in(ike_sa_t *ike_sa, qi_state_t *state, message_t *message)
 	}
 }
 
+#ifdef QI_REKEY_SPI
+/** The CHILD_SA to which the peer sends by this SPI, if it was replaced with our
+ *  consent and charon has forgotten that; NULL otherwise. */
+static child_sa_t *forgotten(ike_sa_t *ike_sa, uint32_t spi)
+{
+	child_sa_t *old, *replacement;
+
+	old = ike_sa->get_child_sa(ike_sa, PROTO_ESP, spi, FALSE);
+	if (!old || old->get_state(old) != CHILD_INSTALLED ||
+		!old->get_rekey_spi(old))
+	{
+		return NULL;
+	}
+	replacement = ike_sa->get_child_sa(ike_sa, PROTO_ESP,
+									   old->get_rekey_spi(old), FALSE);
+	return replacement && replacement->get_state(replacement) == CHILD_INSTALLED
+				? old : NULL;
+}
+
+/** When both ends rekey a CHILD_SA at once and the peer refuses ours (for want of
+ *  the key, say), charon sets it from REKEYED back to INSTALLED. Then the peer,
+ *  whose rekeying we had accepted, deletes it, and charon would take that for the
+ *  end of a CHILD_SA that nothing replaces: the outbound policies of the
+ *  replacement would never come. charon asks us of the DELETE before it acts on it;
+ *  REKEYED again, all takes its usual way and no packet is lost. */
+static void delete_in(ike_sa_t *ike_sa, message_t *message)
+{
+	enumerator_t *payloads, *spis;
+	payload_t *payload;
+	delete_payload_t *delete;
+	child_sa_t *old;
+	uint32_t spi;
+
+	payloads = message->create_payload_enumerator(message);
+	while (payloads->enumerate(payloads, &payload))
+	{
+		delete = (delete_payload_t*)payload;
+		if (payload->get_type(payload) != PLV2_DELETE ||
+			delete->get_protocol_id(delete) != PROTO_ESP)
+		{
+			continue;
+		}
+		spis = delete->create_spi_enumerator(delete);
+		while (spis->enumerate(spis, &spi))
+		{
+			old = forgotten(ike_sa, spi);
+			if (old)
+			{
+				DBG1(DBG_IKE, "qipsec: connection '%s': CHILD_SA %s{%d} was "
+					 "replaced by the peer while it refused our own rekeying",
+					 ike_sa->get_name(ike_sa), old->get_name(old),
+					 old->get_unique_id(old));
+				old->set_state(old, CHILD_REKEYED);
+			}
+		}
+		spis->destroy(spis);
+	}
+	payloads->destroy(payloads);
+}
+#endif
+
 static void message_in(ike_sa_t *ike_sa, qi_state_t *state, message_t *message)
 {
 	exchange_type_t exchange = message->get_exchange_type(message);
@@ -172,6 +234,14 @@ static void message_in(ike_sa_t *ike_sa, qi_state_t *state, message_t *message)
 				stash_confirm(&state->c_r, message);
 			}
 			break;
+#ifdef QI_REKEY_SPI
+		case INFORMATIONAL:
+			if (request)
+			{
+				delete_in(ike_sa, message);
+			}
+			break;
+#endif
 		default:
 			break;
 	}
