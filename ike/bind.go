@@ -195,7 +195,7 @@ func (b *Broker) claimResponder(ctx context.Context, cs *connState, m *plugin.Bi
 	case len(m.Confirm) != sad.ConfirmSize:
 		return nil, 0, fmt.Errorf("the peer's C_i has %d bytes, not %d", len(m.Confirm), sad.ConfirmSize)
 	}
-	if err := b.markUsed(m.KeyID); err != nil {
+	if err := b.markUsed(cs, m.KeyID); err != nil {
 		return nil, 0, err
 	}
 	kme := b.kmes[cs.KME]
@@ -221,17 +221,21 @@ func (b *Broker) claimResponder(ctx context.Context, cs *connState, m *plugin.Bi
 	return k.Material, k.Class, nil
 }
 
-// markUsed refuses a Key-ID that was used on this side before, in either role.
-func (b *Broker) markUsed(id key.ID) error {
+// markUsed refuses a Key-ID that was used on this side before, in either role and by
+// whichever connection. That comes before the key is fetched, so that two requests at
+// once cannot both pass; and what one peer names is bounded, so that it takes the
+// room of nobody else.
+func (b *Broker) markUsed(cs *connState, id key.ID) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if _, ok := b.used[id]; ok || b.pending[id] != nil {
 		return fmt.Errorf("Key-ID %s was used before (a replay or a reflection)", id)
 	}
-	if len(b.used) >= maxUsed {
-		return fmt.Errorf("%d Key-IDs were used within %v: no more are taken for now", len(b.used), usedTTL)
+	if cs.used >= maxUsed {
+		return fmt.Errorf("the peer has named %d Key-IDs within %v: no more are taken from it for now", cs.used, usedTTL)
 	}
-	b.used[id] = b.now().Add(usedTTL)
+	cs.used++
+	b.used[id] = use{until: b.now().Add(usedTTL), by: cs}
 	return nil
 }
 

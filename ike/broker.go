@@ -21,7 +21,7 @@ const (
 	spentTTL     = 3 * time.Minute  // a sent key whose exchange has no end; above charon's 165 s of retransmits
 	tokenTTL     = 3 * time.Second  // from BIND to both add_sa, which follow in the same thread
 	usedTTL      = 15 * time.Minute // for which a Key-ID is remembered as used
-	maxUsed      = 1 << 18          // Key-IDs so remembered: far more than rekeys ask for, so that a peer gone wild ends somewhere
+	maxUsed      = 1 << 16          // Key-IDs of one connection's peer so remembered: far more than its rekeyings ask for, so that a peer gone wild ends somewhere
 	maxReserved  = 16               // keys held for one connection
 	sweepEvery   = time.Second
 	backOffAfter = 2 // failed set-ups in a row that cost no wait (INVALID_KE is one)
@@ -112,16 +112,23 @@ type Broker struct {
 	conns     map[string]*connState // fixed after New
 	hello     *plugin.Hello         // of the charon that is served
 	blocked   error                 // why that charon is not served all the same
+	verified  *plugin.Hello         // the last one that was served
 	retired   map[plugin.Instance]time.Time
 	pending   map[key.ID]*pending
 	bySA      map[plugin.SA]*pending
-	used      map[key.ID]time.Time // until when
+	used      map[key.ID]use
 	tokens    map[[32]byte]tokenRef
 	bounds    map[*bound]struct{} // with a token still to be used
 	installed map[saKey]*installed
 }
 
 var _ plugin.Handler = (*Broker)(nil)
+
+// use is what is remembered of a Key-ID that was used on this side, in either role.
+type use struct {
+	until time.Time
+	by    *connState // whose peer named it; nil: it was ours
+}
 
 // connState is what the Broker remembers of one connection; b.mu guards it.
 type connState struct {
@@ -131,6 +138,7 @@ type connState struct {
 	free      []*pending // given back, not sent
 	held      int        // reserved or free
 	taken     int        // ever got from the key source by GetKey
+	used      int        // Key-IDs of the peer's that are remembered as used
 	failures  int        // set-ups that failed in a row after their key was spent
 	notBefore time.Time
 
@@ -156,7 +164,7 @@ func NewBroker(o Options) (*Broker, error) {
 		changed: make(chan struct{}, 1), rekeys: make(chan sad.ID, 256),
 		conns:   map[string]*connState{},
 		retired: map[plugin.Instance]time.Time{},
-		pending: map[key.ID]*pending{}, bySA: map[plugin.SA]*pending{}, used: map[key.ID]time.Time{},
+		pending: map[key.ID]*pending{}, bySA: map[plugin.SA]*pending{}, used: map[key.ID]use{},
 		tokens: map[[32]byte]tokenRef{}, bounds: map[*bound]struct{}{}, installed: map[saKey]*installed{},
 	}
 	var errs []error
@@ -232,9 +240,13 @@ func (b *Broker) sweep() {
 			b.kill(e)
 		}
 	}
-	for id, until := range b.used {
-		if !now.Before(until) {
-			delete(b.used, id)
+	for id, u := range b.used {
+		if now.Before(u.until) {
+			continue
+		}
+		delete(b.used, id)
+		if u.by != nil {
+			u.by.used--
 		}
 	}
 	for i, at := range b.retired {
@@ -244,8 +256,12 @@ func (b *Broker) sweep() {
 	}
 }
 
-// Hello takes the charon that speaks as the one that is served. Another
-// instance takes the place of the old one, whose unsent keys become free.
+// errUnverified is why a charon is not served between its hello and Verify.
+var errUnverified = errors.New("qipsecd has not yet compared the plugin's version with charon's, for which it needs VICI")
+
+// Hello takes the charon that speaks as the one that is served, once Verify has
+// found it right. Another instance takes the place of the old one, whose unsent keys
+// become free.
 func (b *Broker) Hello(_ context.Context, h plugin.Hello) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -263,6 +279,9 @@ func (b *Broker) Hello(_ context.Context, h plugin.Hello) error {
 		b.forget(b.hello.Instance)
 	}
 	b.hello, b.blocked = &h, nil
+	if v := b.verified; v == nil || v.Instance != h.Instance || v.Version != h.Version {
+		b.blocked = errUnverified
+	}
 	b.log.Info("charon's plugin connected", "strongswan", h.Version, "pid", h.PID)
 	b.notify()
 	return nil
@@ -311,17 +330,18 @@ func (b *Broker) charon() (h plugin.Hello, ok bool) {
 	return *b.hello, true
 }
 
-// verify compares the version that charon gives over VICI with the one that
-// its plugin was compiled against. A difference blocks every request until
-// another charon says hello.
-func (b *Broker) verify(charonVersion string) error {
+// Verify compares the version that charon gives over VICI with the one that
+// its plugin was compiled against. Before it, and after a difference, every request
+// is refused.
+func (b *Broker) Verify(charonVersion string) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.hello == nil {
 		return errors.New("charon's qipsec plugin has not said hello: is it installed and loaded (charon.plugins.qipsec.load = yes)?")
 	}
-	b.blocked = nil
+	b.blocked, b.verified = nil, b.hello
 	if b.hello.Version != charonVersion {
+		b.verified = nil
 		b.blocked = fmt.Errorf("the qipsec plugin was built for strongSwan %s, charon is %s: rebuild the plugin", b.hello.Version, charonVersion)
 	}
 	return b.blocked

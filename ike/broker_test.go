@@ -208,19 +208,42 @@ func TestReservation(t *testing.T) {
 				t.Errorf("%d keys held, want the unsent one", n)
 			}
 			p.a.inst[0]++
-			if err := p.a.Hello(t.Context(), plugin.Hello{Instance: p.a.inst, ABI: plugin.ABI}); err != nil {
-				t.Fatal(err)
-			}
+			p.a.serve(p.a.inst)
 			if p.a.mustKey(1) != unsent {
 				t.Error("the unsent key was not used by the new charon")
 			}
 		}, 2},
+		"a charon is served from Verify on, and again after it was gone": {func(t *testing.T, p *pair) {
+			hello := plugin.Hello{Instance: p.a.inst, ABI: plugin.ABI, Version: "5.9.8"}
+			hello.Instance[0]++
+			p.a.inst = hello.Instance
+			again := func() {
+				if err := p.a.Hello(t.Context(), hello); err != nil {
+					t.Fatal(err)
+				}
+			}
+			again()
+			_, err := p.a.getKey(1)
+			p.a.refused(err, "not yet compared")
+			if err := p.a.Verify("5.9.8"); err != nil {
+				t.Fatal(err)
+			}
+			p.a.mustKey(1)
+			p.a.Gone(hello.Instance)
+			again()
+			p.a.mustKey(2) // the key of 1, which was not sent
+			if err := p.a.Verify("6.0.1"); err == nil {
+				t.Error("a plugin of another version was verified")
+			}
+			again()
+			if _, err := p.a.getKey(3); err == nil {
+				t.Error("hello made a plugin of another version served")
+			}
+		}, 1},
 		"a new charon takes over: unsent free, the old one refused": {func(t *testing.T, p *pair) {
 			unsent, old := p.a.mustKey(1), p.a.inst
 			p.a.inst[0]++
-			if err := p.a.Hello(t.Context(), plugin.Hello{Instance: p.a.inst, ABI: plugin.ABI}); err != nil {
-				t.Fatal(err)
-			}
+			p.a.serve(p.a.inst)
 			if err := p.a.Hello(t.Context(), plugin.Hello{Instance: old, ABI: plugin.ABI}); err == nil {
 				t.Error("the old charon came back")
 			}
@@ -234,9 +257,7 @@ func TestReservation(t *testing.T) {
 				t.Error("a Key-ID for a charon that is gone")
 			}
 			p.kms.onGet = nil
-			if err := p.a.Hello(t.Context(), plugin.Hello{Instance: p.a.inst, ABI: plugin.ABI}); err != nil {
-				t.Fatal(err)
-			}
+			p.a.serve(p.a.inst)
 			p.a.mustKey(2)
 		}, 1},
 		"a source that gives one Key-ID twice": {func(t *testing.T, p *pair) {
@@ -329,7 +350,7 @@ func TestBindRefusals(t *testing.T) {
 		"IKE_SA_INIT":       {true, change(func(m *plugin.Bind) { m.Exchange = 34 }), "makes no CHILD_SA", 0},
 		"unknown algorithm": {true, change(func(m *plugin.Bind) { m.Transforms.Encr = 3 }), "transform 3", 1},
 		"other charon":      {true, change(func(m *plugin.Bind) { m.SA.Instance[0] ^= 1 }), "hello", 0},
-		"plugin version":    {true, func(p *pair, _ *try, _ *plugin.Bind) { _ = p.b.verify("6.0.1") }, "built for strongSwan 5.9.8, charon is 6.0.1", 0},
+		"plugin version":    {true, func(p *pair, _ *try, _ *plugin.Bind) { _ = p.b.Verify("6.0.1") }, "built for strongSwan 5.9.8, charon is 6.0.1", 0},
 		"no IKE_SA":         {true, change(func(m *plugin.Bind) { m.SA.UID = 0 }), "no IKE_SA", 0},
 		"tokens alike":      {true, change(func(m *plugin.Bind) { copy(m.Token.EncrR.Bytes(), m.Token.EncrI.Bytes()) }), "not unique", 1},
 		"token missing":     {true, change(func(m *plugin.Bind) { m.Token.EncrR.Wipe() }), "size of the keys", 1},

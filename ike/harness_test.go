@@ -322,9 +322,7 @@ func newEnd(t *testing.T, name, peer string, k *kms, c *clock, change func(*Conn
 		t.Fatal(err)
 	}
 	e.Broker = b
-	if err := b.Hello(t.Context(), plugin.Hello{Instance: e.inst, ABI: plugin.ABI, Version: "5.9.8"}); err != nil {
-		t.Fatal(err)
-	}
+	e.serve(e.inst)
 	t.Cleanup(func() {
 		b.Close()
 		e.ownMu.Lock()
@@ -336,6 +334,17 @@ func newEnd(t *testing.T, name, peer string, k *kms, c *clock, change func(*Conn
 		}
 	})
 	return e
+}
+
+// serve has a charon of that instance say hello and verified.
+func (e *end) serve(i plugin.Instance) {
+	e.t.Helper()
+	if err := e.Hello(context.Background(), plugin.Hello{Instance: i, ABI: plugin.ABI, Version: "5.9.8"}); err != nil {
+		e.t.Fatal(err)
+	}
+	if err := e.Verify("5.9.8"); err != nil {
+		e.t.Fatal(err)
+	}
 }
 
 // pair is two gateways on one key source.
@@ -637,4 +646,19 @@ func (e *end) overSocket() {
 		e.t.Fatal(err)
 	}
 	e.inst = e.charon.Hello.Instance
+	if err := e.Verify(e.charon.Hello.Version); err != nil {
+		e.t.Fatal(err)
+	}
+}
+
+// last gives the newest event of that code.
+func (e *events) last(code string) Event {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for i := len(e.list) - 1; i >= 0; i-- {
+		if e.list[i].Code == code {
+			return e.list[i]
+		}
+	}
+	return Event{}
 }

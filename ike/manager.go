@@ -332,7 +332,7 @@ func (m *Manager) verified(l *link) error {
 	if !slices.Contains(l.plugins, "qipsec") {
 		return fmt.Errorf("charon %s has not loaded the qipsec plugin: build it with scripts/charon-plugin.sh, set charon.plugins.qipsec.load = yes and restart charon", l.version)
 	}
-	return m.o.Broker.verify(l.version)
+	return m.o.Broker.Verify(l.version)
 }
 
 // waiting reports whether the plugin is loaded and may still say hello: its

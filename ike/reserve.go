@@ -200,7 +200,7 @@ func (b *Broker) spend(cs *connState, m plugin.Sent) ([32]byte, error) {
 	m.Ni = slices.Clone(m.Ni)
 	p.sent, p.message = true, m
 	p.expires = b.now().Add(spentTTL)
-	b.used[p.id] = b.now().Add(usedTTL)
+	b.used[p.id] = use{until: b.now().Add(usedTTL)}
 	return ci, nil
 }
 

@@ -83,7 +83,7 @@ func (w *world) step(n int, uid uint32) {
 		a.End(context.Background(), a.sa(uid))
 	case n < 83:
 		a.Gone(a.inst)
-		_ = a.Hello(context.Background(), plugin.Hello{Instance: a.inst, ABI: plugin.ABI})
+		a.serve(a.inst)
 	case n < 88:
 		a.sweep()
 		b.sweep()

@@ -166,6 +166,9 @@ func newGateway(ctx context.Context, l *lab, node int, dir string) (g *gateway, 
 	if err := g.charon.Connect(ctx); err != nil {
 		return nil, errors.Join(err, g.close())
 	}
+	if err := broker.Verify(g.charon.Hello.Version); err != nil { // as the manager does, which has no charon here
+		return nil, errors.Join(err, g.close())
+	}
 	return g, nil
 }
 
