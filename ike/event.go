@@ -45,6 +45,8 @@ const (
 	EventRekeyed     = "ipsec-rekeyed"      // a CHILD_SA was replaced
 	EventMoved       = "ipsec-moved"        // an IKE_SA has other addresses or ports
 	EventCommand     = "ipsec-command"      // the operator's command
+	EventStalled     = "ipsec-stalled"      // nothing leads into a CHILD_SA that charon has
+	EventGuard       = "ipsec-guard"        // the guard was lost, or removed by the operator
 )
 
 // actions are what is done about an event, by its code and severity.
@@ -64,6 +66,8 @@ var actions = map[string]map[Severity]string{
 	EventLoaded:      {Run: "children that start now are initiated"},
 	EventRekeyed:     {Run: "none needed"},
 	EventMoved:       {Run: "SAs moved; rekeyed where that cost their sequence"},
+	EventStalled:     {Alarm: "rekeyed, again and again until its policies are back", Run: "none needed"},
+	EventGuard:       {Alarm: "put back, unless the operator has removed it", Run: "none needed"},
 	EventCommand:     {Run: "done, or the command has failed with its cause"},
 }
 

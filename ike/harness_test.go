@@ -150,6 +150,7 @@ type fakeSAD struct {
 	hook  func() // within Install, unlocked
 	moved bool
 	seen  []string // fingerprints ever installed
+	lost  map[uint32]bool
 }
 
 type fakeSA struct {

@@ -18,6 +18,7 @@ import (
 type reconciler interface {
 	Reconcile(ctx context.Context, list func(context.Context) ([]sad.ID, error)) (missing []sad.ID, err error)
 	State(ctx context.Context) ([]sad.State, error)
+	Steered(ctx context.Context) (map[uint32]bool, error)
 }
 
 // ManagerOptions build a Manager. Connections are those of the Broker.
@@ -25,6 +26,7 @@ type ManagerOptions struct {
 	Connections []Connection
 	Broker      *Broker
 	SAD         reconciler
+	Guard       guard  // nil: there is none, and none is wanted
 	VICI        string // path of charon's VICI socket
 	Events      eventSink
 	Log         *slog.Logger
@@ -51,6 +53,8 @@ type timing struct {
 	measure    time.Duration // between two questions for the level of keys
 	call       time.Duration // for charon to answer one VICI command
 	follow     time.Duration // for the end that leads to rekey what was moved, before the other one asks
+	stall      time.Duration // for charon to set the policy of a CHILD_SA that it lists
+	halfway    time.Duration // for the peer to delete what it has rekeyed; above charon's 165 s of retransmits
 }
 
 var defaultTiming = timing{
@@ -58,6 +62,7 @@ var defaultTiming = timing{
 	redialMin:  500 * time.Millisecond, redialMax: 10 * time.Second,
 	retryMin: 2 * time.Second, retryMax: 15 * time.Second, // the Broker's back-off spares the keys
 	debounce: 50 * time.Millisecond, tick: time.Second, measure: 10 * time.Second, call: 10 * time.Second, follow: 5 * time.Second,
+	stall: time.Second, halfway: 3 * time.Minute,
 }
 
 // Manager keeps charon's connections as the configuration says. Run owns the
@@ -67,6 +72,7 @@ type Manager struct {
 	t    timing
 	log  *slog.Logger
 	kick chan struct{} // capacity 1: the wanted state has changed
+	met  chan struct{} // capacity 1: a charon is there
 
 	pacer *pacer
 
@@ -79,6 +85,9 @@ type Manager struct {
 	view  map[string]*connView
 	at    time.Time     // of the view
 	seen  chan struct{} // closed when the view is replaced
+
+	stalled map[childName]*stall
+	guarded guardNote
 }
 
 // link is one VICI connection with what was done over it.
@@ -128,8 +137,9 @@ func NewManager(o ManagerOptions) (*Manager, error) {
 		o.StopTimeout = 10 * time.Second
 	}
 	m := &Manager{
-		o: o, t: defaultTiming, log: o.Log, kick: make(chan struct{}, 1),
-		held: map[string]bool{}, out: map[string]string{}, view: map[string]*connView{}, cause: "not connected yet", seen: make(chan struct{}),
+		o: o, t: defaultTiming, log: o.Log, kick: make(chan struct{}, 1), met: make(chan struct{}, 1),
+		stalled: map[childName]*stall{},
+		held:    map[string]bool{}, out: map[string]string{}, view: map[string]*connView{}, cause: "not connected yet", seen: make(chan struct{}),
 		pacer: newPacer(o.RekeyReserve),
 	}
 	for _, c := range o.Connections {
@@ -142,10 +152,13 @@ func NewManager(o ManagerOptions) (*Manager, error) {
 // with their SAs, unless Leave says otherwise, within StopTimeout, and returns nil. Neither the Broker nor
 // the plugin's server is needed for that: charon deletes SAs itself.
 func (m *Manager) Run(ctx context.Context) error {
-	var measuring sync.WaitGroup
-	defer measuring.Wait()
+	var beside sync.WaitGroup
+	defer beside.Wait()
 	for kme, source := range m.o.Levels {
-		measuring.Go(func() { m.measure(ctx, kme, source) })
+		beside.Go(func() { m.measure(ctx, kme, source) })
+	}
+	if m.o.Guard != nil {
+		beside.Go(func() { m.keepGuard(ctx) })
 	}
 	wait := m.t.redialMin
 	for {
@@ -206,6 +219,10 @@ func (m *Manager) session(ctx context.Context) error {
 	m.link, m.cause, m.gone = l, "", false
 	l.blocked = errors.New("waiting for the qipsec plugin to say hello")
 	m.mu.Unlock()
+	select {
+	case m.met <- struct{}{}:
+	default:
+	}
 	report(m.log, m.o.Events, Event{Severity: Run, Code: EventCharon, Text: fmt.Sprintf("charon of strongSwan %s answers", l.version)})
 	err = m.serve(ctx, l)
 	switch {
@@ -264,7 +281,7 @@ func (m *Manager) serve(ctx context.Context, l *link) error {
 			soon = false
 			err = m.look(ctx, l)
 		case <-tick.C:
-			if err = m.settle(ctx, l); err == nil && len(m.due(l, time.Now())) > 0 {
+			if err = m.settle(ctx, l); err == nil && (len(m.due(l, time.Now())) > 0 || m.stallDue(time.Now())) {
 				// With a fresh view: charon tells nobody that it is connecting.
 				err = m.look(ctx, l)
 			}

@@ -46,6 +46,29 @@ func (f *fakeSAD) Reconcile(ctx context.Context, list func(context.Context) ([]s
 	return missing, nil
 }
 
+// Steered is sad's contract: the policies lead into every SA but those of lost.
+func (f *fakeSAD) Steered(context.Context) (map[uint32]bool, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	spis := map[uint32]bool{}
+	for _, s := range f.sas {
+		if !s.Inbound && !f.lost[s.ID.SPI] {
+			spis[s.ID.SPI] = true
+		}
+	}
+	return spis, nil
+}
+
+// lose takes the policies that lead into an SA away.
+func (f *fakeSAD) lose(out uint32) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.lost == nil {
+		f.lost = map[uint32]bool{}
+	}
+	f.lost[out] = true
+}
+
 func (f *fakeSAD) put(in, out uint32, owner sad.Owner) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -113,6 +136,7 @@ func newSite(t *testing.T, change func(*site, []Connection) []Connection) *site 
 	s.t, s.Manager.t = t, timing{
 		helloGrace: 10 * time.Millisecond, redialMin: time.Millisecond, redialMax: 20 * time.Millisecond,
 		retryMin: 4 * time.Millisecond, retryMax: 20 * time.Millisecond, debounce: time.Millisecond, tick: 5 * time.Millisecond, measure: 5 * time.Millisecond, call: 5 * time.Second, follow: 200 * time.Millisecond,
+		stall: time.Hour, halfway: time.Hour, // what these tests list is not always in their SAD
 	}
 	return s
 }

@@ -106,6 +106,7 @@ func (m *Manager) look(ctx context.Context, l *link) error {
 	}
 	m.o.Broker.prune(states, m.o.Broker.now().Add(-time.Since(began)-time.Second))
 	m.update(ikes, states, began)
+	m.mend(ctx, l, ikes)
 	m.start(ctx, l)
 	return nil
 }

@@ -19,6 +19,7 @@ type State string
 // The states of a connection.
 const (
 	StateUp         State = "up"         // a CHILD_SA keyed by a quantum key
+	StateStalled    State = "stalled"    // up, and nothing leads into it
 	StateFallback   State = "fallback"   // optional, and up without one
 	StateConnecting State = "connecting" // IKE is at it
 	StateDown       State = "down"       // loaded, no CHILD_SA
@@ -102,6 +103,9 @@ func (m *Manager) status(c Connection) Status {
 			if n.fallback != "" {
 				s.Cause = n.fallback
 			}
+		}
+		if stalled := m.stallOf(c.Name); stalled != "" {
+			s.State, s.Cause, s.CauseAt = StateStalled, stalled, time.Time{}
 		}
 	case len(v.ikes) > 0:
 		s.State = StateConnecting
@@ -225,6 +229,9 @@ func (m *Manager) Explain(name string) (string, error) {
 	if s.Supply != nil {
 		line("  keys: %s.", s.Supply.text())
 	}
+	if c.Policy == Required {
+		line("  guard: %s.", m.guardText())
+	}
 	why, next := m.reason(*c, s, n)
 	line("Why: %s", why)
 	line("Next: %s", next)
@@ -248,6 +255,8 @@ func (m *Manager) reason(c Connection, s Status, n note) (why, next string) {
 			return "its policy is off: charon keys it without qipsecd.", "nothing; `policy = \"required\"` would key it with quantum keys."
 		}
 		return "both ends confirmed the same quantum key, and qipsecd installed the SAs.", "nothing; every rekeying takes a fresh key."
+	case StateStalled:
+		return cause + ".", "wait: qipsecd has it rekeyed, which sets its policies anew; if it stays so, see who else changes policies (`ip xfrm policy`)."
 	case StateFallback:
 		return "no quantum key was usable: " + cause + ".", "see to the key source (`qipsec keys`) or the peer; qipsecd has it rekeyed as soon as there are keys, if the peer speaks Q-IPsec. `policy = \"required\"` would refuse instead."
 	case StateNoCharon:

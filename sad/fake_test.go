@@ -25,6 +25,8 @@ type fakeKernel struct {
 	fail  map[string]error // by operation; the request is not carried out
 	crash string           // "before OP" or "after OP": panic there
 	after func()           // called when Add has been carried out
+
+	policies []xfrm.Policy
 }
 
 type fakeSA struct {
@@ -123,6 +125,8 @@ func (f *fakeKernel) Move(_ context.Context, id xfrm.ID, m xfrm.Move) error {
 		return nil
 	})
 }
+
+func (f *fakeKernel) Policies(context.Context) ([]xfrm.Policy, error) { return f.policies, nil }
 
 // rig is a SAD on a fakeKernel that can be restarted.
 type rig struct {

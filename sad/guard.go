@@ -69,10 +69,14 @@ type GuardConfig struct {
 //
 // Not covered: packets of sockets with a policy of their own (charon's IKE
 // sockets, on purpose), loopback.
-type Guard struct{ spd spd }
+type Guard struct {
+	spd    spd
+	marker string
+}
 
-// NewGuard makes a Guard. The SPD, *xfrm.Conn outside tests, is borrowed.
-func NewGuard(s spd) *Guard { return &Guard{spd: s} }
+// NewGuard makes a Guard. The SPD, *xfrm.Conn outside tests, is borrowed. marker is
+// the file that tells a Remove from a loss, GuardMarker() outside tests.
+func NewGuard(s spd, marker string) *Guard { return &Guard{spd: s, marker: marker} }
 
 // halves splits "any" of R's family. The guard's selectors hold them instead of
 // 0.0.0.0/0 or ::/0, because charon's policy for a local_ts of "any" has that
@@ -176,7 +180,7 @@ func ownOnly(own, r netip.Prefix, protocol uint8, local, remote uint16, priority
 }
 
 func ofGuard(p xfrm.Policy) bool {
-	return !p.Templates && (p.Block && p.Priority == GuardBlock || !p.Block && (p.Priority == GuardAllow || p.Priority == GuardOwn))
+	return !p.Templates && p.Mark == (Mark{}) && p.IfID == 0 && (p.Block && p.Priority == GuardBlock || !p.Block && (p.Priority == GuardAllow || p.Priority == GuardOwn))
 }
 
 // Install adds what is missing of the guard of c, allow rules first so that our
@@ -184,8 +188,13 @@ func ofGuard(p xfrm.Policy) bool {
 // Blocks and routes that c does not have stay until Remove: a network that was protected
 // does not become clear by a change of configuration. It may be called again at
 // any time. A policy of another owner with a selector of the guard's is an error
-// that names it; the rest is installed nevertheless.
+// that names it; the rest is installed nevertheless. That the operator has removed
+// the guard counts no more.
 func (g *Guard) Install(ctx context.Context, c GuardConfig) error {
+	return errors.Join(g.install(ctx, c), g.forgetRemoval())
+}
+
+func (g *Guard) install(ctx context.Context, c GuardConfig) error {
 	want, err := c.Policies()
 	if err != nil {
 		return err
@@ -242,13 +251,13 @@ func (g *Guard) ensure(ctx context.Context, p xfrm.Policy, present map[xfrm.Poli
 }
 
 // Remove removes all policies of any guard, known by their priorities, blocks
-// last, and its routes. Only an operator asks for it.
+// last, and its routes. Only an operator asks for it; Keep leaves it so.
 func (g *Guard) Remove(ctx context.Context) error {
 	have, err := g.spd.Policies(ctx)
 	if err != nil {
 		return err
 	}
-	var errs []error
+	errs := []error{g.noteRemoval()} // first: a Keep that comes between must not put back what goes
 	for _, block := range []bool{false, true} {
 		for _, p := range have {
 			if !ofGuard(p) || p.Block != block {

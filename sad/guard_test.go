@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
 	"slices"
 	"testing"
 
@@ -103,7 +106,7 @@ func TestGuardDecides(t *testing.T) {
 		Remotes: prefixes("10.2.0.0/16", "2001:db8:2::/48"),
 		Allow:   []Channel{{Remote: netip.MustParsePrefix("10.2.0.1/32"), Protocol: 6, RemotePort: 7001}, {Remote: netip.MustParsePrefix("10.2.0.1/32"), Protocol: 6, LocalPort: 7001}},
 	}
-	if err := NewGuard(f).Install(t.Context(), config); err != nil {
+	if err := NewGuard(f, filepath.Join(t.TempDir(), "removed")).Install(t.Context(), config); err != nil {
 		t.Fatal(err)
 	}
 	for _, tc := range []struct {
@@ -178,13 +181,13 @@ func TestGuardBesideCharon(t *testing.T) {
 			t.Errorf("%v would win over charon's", p)
 		}
 	}
-	if err := NewGuard(f).Install(t.Context(), config); err != nil {
+	if err := NewGuard(f, filepath.Join(t.TempDir(), "removed")).Install(t.Context(), config); err != nil {
 		t.Fatal(err)
 	}
 	if got := f.decide(xfrm.Out, "10.1.0.1", "10.2.3.4", 6, 1, 2); got != "allow" {
 		t.Errorf("the guard wins over charon: %s", got)
 	}
-	if err := NewGuard(f).Remove(t.Context()); err != nil {
+	if err := NewGuard(f, filepath.Join(t.TempDir(), "removed")).Remove(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if !slices.Equal(f.all, charon) {
@@ -200,7 +203,7 @@ func TestGuardChannelBesideTunnel(t *testing.T) {
 		Remotes: prefixes("192.0.2.2/32"),
 		Allow:   []Channel{{Local: netip.MustParseAddr("192.0.2.1"), Remote: netip.MustParsePrefix("192.0.2.2/32"), Protocol: 6, RemotePort: 7001}},
 	}
-	if err := NewGuard(f).Install(t.Context(), config); err != nil {
+	if err := NewGuard(f, filepath.Join(t.TempDir(), "removed")).Install(t.Context(), config); err != nil {
 		t.Fatal(err)
 	}
 	for dir, ends := range map[xfrm.Dir][]netip.Prefix{xfrm.Out: prefixes("192.0.2.0/25", "192.0.2.2/32"), xfrm.In: prefixes("192.0.2.2/32", "192.0.2.0/25")} {
@@ -225,17 +228,17 @@ func TestGuardChannelBesideTunnel(t *testing.T) {
 			t.Errorf("%v %s %d -> %s %d: %s, want %s", tc.dir, tc.src, tc.sport, tc.dst, tc.dport, got, tc.want)
 		}
 	}
-	if ok, err := NewGuard(f).Installed(t.Context(), config); err != nil || !ok {
+	if ok, err := NewGuard(f, filepath.Join(t.TempDir(), "removed")).Installed(t.Context(), config); err != nil || !ok {
 		t.Errorf("Installed: %v, %v", ok, err)
 	}
-	if err := NewGuard(f).Remove(t.Context()); err != nil || len(f.all) != 2 {
+	if err := NewGuard(f, filepath.Join(t.TempDir(), "removed")).Remove(t.Context()); err != nil || len(f.all) != 2 {
 		t.Errorf("after Remove: %v, %v", f.all, err)
 	}
 }
 
 func TestGuardInstallAgain(t *testing.T) {
 	f := &fakeSPD{}
-	g := NewGuard(f)
+	g := NewGuard(f, filepath.Join(t.TempDir(), "removed"))
 	channel := Channel{Remote: netip.MustParsePrefix("10.2.0.1/32"), Protocol: 6, RemotePort: 7001}
 	config := GuardConfig{Remotes: prefixes("10.2.0.0/16"), Allow: []Channel{channel}}
 	if err := g.Install(t.Context(), config); err != nil {
@@ -270,7 +273,7 @@ func TestGuardInstallAgain(t *testing.T) {
 // dropped as ever.
 func TestGuardOfXFRMInterface(t *testing.T) {
 	f := &fakeSPD{}
-	g := NewGuard(f)
+	g := NewGuard(f, filepath.Join(t.TempDir(), "removed"))
 	config := GuardConfig{Remotes: prefixes("10.3.0.0/16"), Routed: prefixes("10.2.0.0/16", "2001:db8:2::/48"), Allow: []Channel{{Remote: netip.MustParsePrefix("10.2.0.1/32"), Protocol: 6, RemotePort: 7001}}}
 	for range 2 { // again: no error
 		if err := g.Install(t.Context(), config); err != nil {
@@ -337,7 +340,7 @@ func TestGuardErrors(t *testing.T) {
 		"channel family":   {Allow: []Channel{{Local: netip.MustParseAddr("2001:db8::1"), Remote: netip.MustParsePrefix("10.2.0.1/32"), Protocol: 6}}},
 		"channel protocol": {Allow: []Channel{{Remote: netip.MustParsePrefix("10.2.0.1/32")}}},
 	} {
-		if err := NewGuard(&fakeSPD{}).Install(t.Context(), c); err == nil {
+		if err := NewGuard(&fakeSPD{}, filepath.Join(t.TempDir(), "removed")).Install(t.Context(), c); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}
@@ -347,12 +350,109 @@ func TestGuardErrors(t *testing.T) {
 	if err := f.AddPolicy(t.Context(), foreign); err != nil {
 		t.Fatal(err)
 	}
-	err := NewGuard(f).Install(t.Context(), GuardConfig{Remotes: prefixes("10.2.0.0/16")})
+	err := NewGuard(f, filepath.Join(t.TempDir(), "removed")).Install(t.Context(), GuardConfig{Remotes: prefixes("10.2.0.0/16")})
 	if !errors.Is(err, ErrExists) || len(f.all) != 6 {
 		t.Errorf("%d policies, %v", len(f.all), err)
 	}
 	f = &fakeSPD{fail: xfrm.ErrUnknown}
-	if err := NewGuard(f).Install(t.Context(), GuardConfig{Remotes: prefixes("10.2.0.0/16")}); !errors.Is(err, xfrm.ErrUnknown) {
+	if err := NewGuard(f, filepath.Join(t.TempDir(), "removed")).Install(t.Context(), GuardConfig{Remotes: prefixes("10.2.0.0/16")}); !errors.Is(err, xfrm.ErrUnknown) {
 		t.Errorf("%v", err)
+	}
+}
+
+// A policy that differs in its mark or if_id alone can be there beside the guard's: it
+// is neither in its way nor taken for it.
+func TestGuardBesideMarkAndIfID(t *testing.T) {
+	f := &fakeSPD{}
+	g := NewGuard(f, filepath.Join(t.TempDir(), "removed"))
+	config := GuardConfig{Remotes: prefixes("10.2.0.0/16")}
+	mine, err := config.Policies()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, p := range mine {
+		p.Priority = 7 // somebody else's
+		if i%2 == 0 {
+			p.Mark = xfrm.Mark{Value: 1, Mask: 0xff}
+		} else {
+			p.IfID = 5
+			p.Priority = GuardBlock // even so
+		}
+		if err := f.AddPolicy(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if whole, err := g.Installed(t.Context(), config); whole || err != nil {
+		t.Errorf("theirs were taken for the guard: %v, %v", whole, err)
+	}
+	if err := g.Install(t.Context(), config); err != nil {
+		t.Error(err)
+	}
+	if whole, err := g.Installed(t.Context(), config); !whole || err != nil {
+		t.Errorf("not in place: %v, %v", whole, err)
+	}
+	if err := g.Remove(t.Context()); err != nil || len(f.all) != len(mine) {
+		t.Errorf("left %d of their %d, %v", len(f.all), len(mine), err)
+	}
+}
+
+// What is lost comes back, what the operator has removed does not, until Install.
+func TestGuardKeep(t *testing.T) {
+	f := &fakeSPD{}
+	dir := filepath.Join(t.TempDir(), "run")
+	g := NewGuard(f, filepath.Join(dir, "removed"))
+	config := GuardConfig{Remotes: prefixes("10.3.0.0/16"), Routed: prefixes("10.2.0.0/16")}
+	keep := func(want GuardState) {
+		t.Helper()
+		if got, err := g.Keep(t.Context(), config); err != nil || got != want {
+			t.Errorf("Keep: %v, %v, want %v", got, err, want)
+		}
+	}
+	if err := g.Install(t.Context(), config); err != nil {
+		t.Fatal(err)
+	}
+	keep(GuardWhole)
+	f.all = f.all[:2]
+	keep(GuardMended)
+	keep(GuardWhole)
+	f.routes = nil
+	keep(GuardMended)
+	keep(GuardWhole)
+
+	// There is no directory for the marker: no qipsecd has run.
+	if err := g.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	keep(GuardMended)
+
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	keep(GuardRemoved)
+	keep(GuardRemoved)
+	if len(f.all)+len(f.routes) != 0 {
+		t.Errorf("put back: %v, %v", f.all, f.routes)
+	}
+	if err := g.Install(t.Context(), config); err != nil {
+		t.Fatal(err)
+	}
+	f.all = nil
+	keep(GuardMended)
+
+	f.all = nil
+	f.fail = errors.New("no")
+	if _, err := g.Keep(t.Context(), config); !errors.Is(err, f.fail) {
+		t.Errorf("Keep that cannot mend: %v", err)
+	}
+}
+
+// Two namespaces have two markers.
+func TestGuardMarker(t *testing.T) {
+	name, err := GuardMarker()
+	if err != nil || !regexp.MustCompile(`^/run/q-ipsec/guard-removed-[0-9]+$`).MatchString(name) {
+		t.Errorf("%q, %v", name, err)
 	}
 }

@@ -273,7 +273,7 @@ func TestKernelTunnel(t *testing.T) {
 	}
 	eventually(t, "the link carries packets", func() bool { return a.pings("10.2.0.1") })
 	guard := GuardConfig{Remotes: []netip.Prefix{netip.MustParsePrefix("10.2.0.0/24")}}
-	if err := NewGuard(a.conn).Install(ctx, guard); err != nil {
+	if err := NewGuard(a.conn, filepath.Join(t.TempDir(), "removed")).Install(ctx, guard); err != nil {
 		t.Fatal(err)
 	}
 	charonPolicies(a, 1)
@@ -336,7 +336,7 @@ func TestKernelGuard(t *testing.T) {
 		},
 		Allow: []Channel{{Remote: netip.MustParsePrefix("192.0.2.2/32"), Protocol: 6, LocalPort: 7001}},
 	}
-	guard := NewGuard(a.conn)
+	guard := NewGuard(a.conn, filepath.Join(t.TempDir(), "removed"))
 	for range 2 { // again: nothing changes
 		if err := guard.Install(ctx, config); err != nil {
 			t.Fatal(err)

@@ -164,6 +164,22 @@ func (s *SAD) State(ctx context.Context) ([]State, error) {
 	return all, nil
 }
 
+// Steered gives the SPIs that the outbound policies of this network namespace send
+// packets to, whoever made those. An SA that is not among them carries nothing out.
+func (s *SAD) Steered(ctx context.Context) (map[uint32]bool, error) {
+	all, err := s.kernel.Policies(ctx)
+	if err != nil {
+		return nil, err
+	}
+	spis := map[uint32]bool{}
+	for _, p := range all {
+		if p.Dir == xfrm.Out && p.SPI != 0 {
+			spis[p.SPI] = true
+		}
+	}
+	return spis, nil
+}
+
 func inboundFirst(a, b bool) int {
 	switch {
 	case a == b:

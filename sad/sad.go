@@ -19,6 +19,7 @@ type kernel interface {
 	List(ctx context.Context) ([]xfrm.Info, error)
 	SetPorts(ctx context.Context, id xfrm.ID, src, dst uint16) error
 	Move(ctx context.Context, id xfrm.ID, m xfrm.Move) error
+	Policies(ctx context.Context) ([]xfrm.Policy, error)
 }
 
 const (

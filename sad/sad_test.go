@@ -513,3 +513,15 @@ func TestWarmup(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// Steered names the SAs that packets are sent to.
+func TestSteered(t *testing.T) {
+	r := newRig(t)
+	r.kernel.policies = []xfrm.Policy{
+		{Dir: xfrm.Out, SPI: 1, Templates: true}, {Dir: xfrm.Out, Templates: true}, {Dir: xfrm.In, SPI: 2, Templates: true}, {Dir: xfrm.Out, Block: true},
+	}
+	got, err := r.sad.Steered(t.Context())
+	if err != nil || len(got) != 1 || !got[1] {
+		t.Errorf("%v, %v", got, err)
+	}
+}

@@ -54,7 +54,7 @@ func guardCommands() []command {
 		},
 		{
 			name: "guard remove", about: "take the guard out of the kernel: traffic may pass in clear",
-			detail:  what + " Nothing but this command removes it.",
+			detail:  what + " Nothing but this command removes it; a qipsecd that runs leaves it so until\n`qipsec guard install`, its own next start, or a boot.",
 			example: "qipsec guard remove",
 			setup: func(*flag.FlagSet) func(context.Context, *app, []string) error {
 				return func(ctx context.Context, a *app, args []string) error {
@@ -111,10 +111,14 @@ func networks(c sad.GuardConfig) []netip.Prefix { return slices.Concat(c.Remotes
 func withGuard(ctx context.Context, f func(context.Context, *sad.Guard) error) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, guardTimeout)
 	defer cancel()
+	marker, err := sad.GuardMarker()
+	if err != nil {
+		return err
+	}
 	c, err := xfrm.Open()
 	if err != nil {
 		return fmt.Errorf("%w (are you root?)", err)
 	}
 	defer func() { err = errors.Join(err, c.Close()) }()
-	return f(ctx, sad.NewGuard(c))
+	return f(ctx, sad.NewGuard(c, marker))
 }

@@ -38,10 +38,9 @@ func buildIPsec(ctx context.Context, n *conf.Node, s *stages, k *kms, r *recorde
 		return nil, err
 	}
 	s.atEnd(kernel.Close)
-	if n.IPsec.Guard {
-		if err := guard(ctx, n, kernel, log); err != nil {
-			return nil, err
-		}
+	kept, err := installGuard(ctx, n, kernel, log)
+	if err != nil {
+		return nil, err
 	}
 	run := filepath.Dir(n.IPsec.Plugin)
 	if err := os.MkdirAll(run, 0o700); err != nil {
@@ -68,9 +67,13 @@ func buildIPsec(ctx context.Context, n *conf.Node, s *stages, k *kms, r *recorde
 		return nil, err
 	}
 	s.atEnd(func() error { _ = srv.Close(); return nil }) // for a start that fails half-way
-	manager, err := ike.NewManager(ike.ManagerOptions{
+	options := ike.ManagerOptions{
 		Connections: conns, Broker: broker, SAD: entries, VICI: n.IPsec.VICI, Levels: levels(kmes), RekeyReserve: n.IPsec.Reserve, Leave: leave, Events: ikeEvents{r}, Log: log,
-	})
+	}
+	if kept != nil {
+		options.Guard = kept
+	}
+	manager, err := ike.NewManager(options)
 	if err != nil {
 		return nil, err
 	}
@@ -92,21 +95,38 @@ func (s sadForIKE) Rollback(ctx context.Context, id sad.ID) error {
 	return nil
 }
 
-// guard completes the guard. It stays when the daemon ends.
-func guard(ctx context.Context, n *conf.Node, kernel *xfrm.Conn, log *slog.Logger) error {
+// keptGuard is the guard of one config, for the manager.
+type keptGuard struct {
+	*sad.Guard
+	config sad.GuardConfig
+}
+
+// Keep puts back what is missing of it.
+func (k *keptGuard) Keep(ctx context.Context) (sad.GuardState, error) {
+	return k.Guard.Keep(ctx, k.config)
+}
+
+// installGuard completes the guard, which stays when the daemon ends; nil if none is
+// wanted. A start does so even if the operator has removed it before.
+func installGuard(ctx context.Context, n *conf.Node, kernel *xfrm.Conn, log *slog.Logger) (*keptGuard, error) {
 	remotes, allow := n.Guarded()
 	c := sad.GuardConfig{Remotes: remotes, Routed: n.Routed()}
 	for _, v := range allow {
 		c.Allow = append(c.Allow, sad.Channel(v))
 	}
-	if len(c.Remotes)+len(c.Routed) == 0 {
-		return nil
+	if !n.IPsec.Guard || len(c.Remotes)+len(c.Routed) == 0 {
+		return nil, nil
 	}
-	if err := sad.NewGuard(kernel).Install(ctx, c); err != nil {
-		return err
+	marker, err := sad.GuardMarker()
+	if err != nil {
+		return nil, err
+	}
+	k := &keptGuard{sad.NewGuard(kernel, marker), c}
+	if err := k.Install(ctx, c); err != nil {
+		return nil, err
 	}
 	log.Info("guard in place: these networks are reached through a tunnel or not at all", "networks", slices.Concat(c.Remotes, c.Routed))
-	return nil
+	return k, nil
 }
 
 // warmUp loads the kernel's algorithms. A kernel without ESP is not hopeless:

@@ -390,3 +390,40 @@ func TestKernelPolicies(t *testing.T) {
 		command(t, "ip", "xfrm", "policy", "flush")
 	}
 }
+
+// TestKernelPolicyBeside: a selector may be there again with a mark or an if_id, and
+// Policies tells these apart; it gives the SPI of a template, and no other.
+func TestKernelPolicyBeside(t *testing.T) {
+	c, ctx := namespace(t)
+	p := Policy{Dir: Out, Src: netip.MustParsePrefix("0.0.0.0/1"), Dst: netip.MustParsePrefix("10.2.0.0/16"), Block: true, Priority: 1 << 30}
+	const selector = "src 0.0.0.0/1 dst 10.2.0.0/16 dir out "
+	for _, beside := range []string{"mark 1 mask 0xff", "if_id 5"} {
+		command(t, "ip", strings.Fields("xfrm policy add "+selector+beside+" action block priority 9")...)
+	}
+	if err := c.AddPolicy(ctx, p); err != nil {
+		t.Fatalf("beside one with a mark and one with an if_id: %v", err)
+	}
+	command(t, "ip", strings.Fields("xfrm policy add src 10.1.0.0/24 dst 10.3.0.0/24 dir out tmpl src 192.0.2.1 dst 192.0.2.2 proto comp reqid 1 mode tunnel tmpl proto esp spi 0xc0000001 reqid 1 mode transport")...)
+	list, err := c.Policies(ctx)
+	if err != nil || len(list) != 4 {
+		t.Fatalf("%v, %v", list, err)
+	}
+	selectors, spis := map[Policy]bool{}, 0
+	for _, q := range list {
+		selectors[q.Selector()] = true
+		if q.SPI == 0xc0000001 && q.Templates {
+			spis++
+		} else if q.SPI != 0 || q.Templates {
+			t.Errorf("%+v", q)
+		}
+		if q.Mark != (Mark{}) && q.Mark != (Mark{1, 0xff}) || q.IfID != 0 && q.IfID != 5 {
+			t.Errorf("%+v", q)
+		}
+	}
+	if len(selectors) != 4 || spis != 1 || !selectors[p.Selector()] {
+		t.Errorf("%d selectors, %d with the SPI: %+v", len(selectors), spis, list)
+	}
+	if err := c.AddPolicy(ctx, Policy{Dir: Out, Src: p.Src, Dst: p.Dst, IfID: 6}); err == nil {
+		t.Error("a policy with an if_id was added without it")
+	}
+}

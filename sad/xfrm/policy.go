@@ -43,14 +43,20 @@ type Policy struct {
 	SrcPort, DstPort uint16 // 0: any; for ICMPv6 SrcPort is the type
 	Block            bool
 	Priority         uint32 // the lowest number wins
-	Index            uint32 // the kernel's; 0 in AddPolicy
-	Templates        bool   // has IPsec templates, is therefore not one of ours; only from Policies
+	// Mark and IfID select packets as well. Ours have none: AddPolicy refuses them.
+	Mark Mark
+	IfID uint32
+
+	// Only from Policies:
+	Index     uint32 // the kernel's
+	Templates bool   // has IPsec templates, is therefore not one of ours
+	SPI       uint32 // of the SA that its ESP template names; 0: none, or any
 }
 
 // Selector is p without what the kernel does not compare: two policies of one
 // Selector cannot both exist.
 func (p Policy) Selector() Policy {
-	return Policy{Dir: p.Dir, Src: p.Src, Dst: p.Dst, Protocol: p.Protocol, SrcPort: p.SrcPort, DstPort: p.DstPort}
+	return Policy{Dir: p.Dir, Src: p.Src, Dst: p.Dst, Protocol: p.Protocol, SrcPort: p.SrcPort, DstPort: p.DstPort, Mark: p.Mark, IfID: p.IfID}
 }
 
 // String is like "block out 0.0.0.0/1 -> 10.2.0.0/16".
@@ -68,6 +74,12 @@ func (p Policy) String() string {
 	}
 	if p.DstPort != 0 {
 		s += fmt.Sprintf(" dport %d", p.DstPort)
+	}
+	if p.Mark != (Mark{}) {
+		s += fmt.Sprintf(" mark %#x/%#x", p.Mark.Value, p.Mark.Mask)
+	}
+	if p.IfID != 0 {
+		s += fmt.Sprintf(" if_id %d", p.IfID)
 	}
 	return s
 }
@@ -87,6 +99,9 @@ func (p Policy) selector() nl.XfrmSelector {
 func (p Policy) encode(m *message) error {
 	if !p.Src.IsValid() || !p.Dst.IsValid() || family(p.Src.Addr()) != family(p.Dst.Addr()) {
 		return fmt.Errorf("xfrm: policy %v: prefixes are not of one family", p)
+	}
+	if p.Mark != (Mark{}) || p.IfID != 0 {
+		return fmt.Errorf("xfrm: policy %v: one with a mark or an if_id is not added here", p)
 	}
 	m.start(nl.XFRM_MSG_NEWPOLICY, unix.NLM_F_ACK)
 	u := nl.XfrmUserpolicyInfo{
@@ -201,10 +216,30 @@ func parsePolicy(body []byte) (p Policy, ok bool, err error) {
 		Block: u.Action == 1, Priority: u.Priority, Index: u.Index,
 	}
 	err = attributes(body[nl.SizeofXfrmUserpolicyInfo:], func(typ uint16, b []byte) error {
-		if typ == nl.XFRMA_TMPL && len(b) > 0 {
-			p.Templates = true
+		switch typ {
+		case nl.XFRMA_TMPL:
+			p.Templates = p.Templates || len(b) > 0
+			p.SPI = espSPI(b)
+		case nl.XFRMA_MARK:
+			if len(b) >= nl.SizeofXfrmMark {
+				p.Mark = Mark{native.Uint32(b), native.Uint32(b[4:])}
+			}
+		case nl.XFRMA_IF_ID:
+			if len(b) >= 4 {
+				p.IfID = native.Uint32(b)
+			}
 		}
 		return nil
 	})
 	return p, true, err
+}
+
+// espSPI is the SPI of the first ESP template of XFRMA_TMPL; 0 if there is none.
+func espSPI(b []byte) uint32 {
+	for ; len(b) >= nl.SizeofXfrmUserTmpl; b = b[nl.SizeofXfrmUserTmpl:] {
+		if id := nl.DeserializeXfrmUserTmpl(b).XfrmId; id.Proto == ProtoESP {
+			return be32(id.Spi)
+		}
+	}
+	return 0
 }

@@ -100,6 +100,9 @@ func (m *memory) SetPorts(context.Context, xfrm.ID, uint16, uint16) error { retu
 // Move is not called by a set-up.
 func (m *memory) Move(context.Context, xfrm.ID, xfrm.Move) error { return xfrm.ErrUnsupported }
 
+// Policies gives none: nothing is sent through these SAs.
+func (m *memory) Policies(context.Context) ([]xfrm.Policy, error) { return nil, nil }
+
 // installer is the SAD in the broker's terms.
 type installer struct{ *sad.SAD }
 
