@@ -68,6 +68,7 @@ group_packages() {
         cat <<-'END'
 		curl|runs the lines that the lab prints
 		procps|finds processes that a test left behind
+		postgresql|the inventory's other database; tests run servers of their own
 		spin|checks the model of what two nodes agree on
 		python3|the second implementation behind the test vectors
 		END

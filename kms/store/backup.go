@@ -83,10 +83,10 @@ func Backup(ctx context.Context, opt Options, w io.Writer) (info BackupInfo, err
 	if rootErr != nil {
 		return info, rootErr
 	}
-	if err := s.readNode(ctx); err != nil {
+	if err := s.lookNode(ctx); err != nil {
 		return info, fmt.Errorf("store: %s: %w", s.eng, err)
 	}
-	pools, err := s.readPools(ctx)
+	pools, err := s.readPools(ctx, s.snap)
 	if err != nil {
 		return info, fmt.Errorf("store: %s: %w", s.eng, err)
 	}

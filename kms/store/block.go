@@ -4,8 +4,11 @@ import (
 	"context"
 	"crypto/rand"
 	"database/sql"
+	"errors"
 	"fmt"
 	"slices"
+	"strings"
+	"unicode/utf8"
 
 	"github.com/google/uuid"
 
@@ -60,6 +63,8 @@ func (b *Block) check() error {
 		return fmt.Errorf("%s is unknown", b.Class)
 	case len(b.Algorithm) > maxAlgorithm:
 		return fmt.Errorf("algorithm name has %d bytes, at most %d", len(b.Algorithm), maxAlgorithm)
+	case !utf8.ValidString(b.Algorithm) || strings.ContainsRune(b.Algorithm, 0):
+		return errors.New("algorithm name is no text")
 	case b.Bytes < 0:
 		return fmt.Errorf("%d bytes of key data", b.Bytes)
 	}
@@ -293,8 +298,25 @@ func (s *Store) dropDone(ctx context.Context, tx *sql.Tx, p *pool) ([]*header, e
 	return gone, nil
 }
 
+// dropAll deletes, within tx, every block of p, and gives them for forget.
+func (s *Store) dropAll(ctx context.Context, tx *sql.Tx, p *pool) ([]*header, error) {
+	for _, h := range p.blocks {
+		if err := deleteBlock(ctx, tx, h.pool, h.seq); err != nil {
+			return nil, err
+		}
+		left := p.alive(h, [2]key.Position{p.info.Mark, p.info.PeerMark})
+		if err := s.note(ctx, tx, h.event(key.Destroyed, left, "given up: the database is on another server")); err != nil {
+			return nil, err
+		}
+	}
+	return slices.Clone(p.blocks), nil
+}
+
 // Blocks lists a pool's blocks by seq, from memory.
 func (s *Store) Blocks(ctx context.Context, pool uuid.UUID) ([]BlockInfo, error) {
+	if err := s.usable(); err != nil {
+		return nil, err
+	}
 	s.mem.RLock()
 	defer s.mem.RUnlock()
 	p := s.pools[pool]

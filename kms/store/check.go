@@ -159,7 +159,7 @@ func checkOnce(ctx context.Context, opt Options) *Report {
 	if rootErr != nil {
 		return r // without a root nothing else can be judged
 	}
-	if err := s.readNode(ctx); err != nil {
+	if err := s.lookNode(ctx); err != nil {
 		r.fail(err)
 		return r
 	}
@@ -171,16 +171,16 @@ func checkOnce(ctx context.Context, opt Options) *Report {
 // inventory looks at pools, blocks and parts.
 func (r *Report) inventory(ctx context.Context, s *Store) {
 	node := s.epoch
-	pools, err := s.readPools(ctx)
+	pools, err := s.readPools(ctx, s.snap)
 	if err != nil {
 		r.fail(err)
 	}
-	found, err := s.readBlocks(ctx, pools)
+	found, err := s.readBlocks(ctx, s.snap, pools)
 	if err != nil {
 		r.fail(err)
 	}
 	if err == nil {
-		bad, err := s.readParts(ctx, pools)
+		bad, err := s.readParts(ctx, s.snap, pools)
 		if err != nil {
 			r.fail(err)
 		}

@@ -22,14 +22,20 @@ import (
 func damaged(t *testing.T) string {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "s")
-	s, ctx := filled(t, testOptions(dir), 2100), testContext(t)
+	spent(t, testOptions(dir))
+	return dir
+}
+
+// spent makes that store.
+func spent(t *testing.T, opt Options) {
+	t.Helper()
+	s, ctx := filled(t, opt, 2100), testContext(t)
 	must(t, s.PutBlock(ctx, testBlock(t, 2, 10)))
 	must(t, s.Activate(ctx, testPool, 2))
 	must(t, s.PutBlock(ctx, testBlock(t, 3, 10)))
 	lease(t, s, Own, 0, key.At(1, 40))
 	lease(t, s, Peer, 0, key.At(1, 21))
 	must(t, s.Close())
-	return dir
 }
 
 // drain takes all keys out of a store, checks them, and gives their number.
@@ -270,7 +276,9 @@ func TestVersionsAndForeignFiles(t *testing.T) {
 		spoil func(t *testing.T, dir string)
 		want  error
 	}{
-		{"newer version", func(t *testing.T, dir string) { sqlExec(t, dir, `UPDATE node SET version = 2`) }, ErrNewer},
+		{"newer version", func(t *testing.T, dir string) {
+			sqlExec(t, dir, fmt.Sprintf(`UPDATE node SET version = %d`, schemaVersion()+1))
+		}, ErrNewer},
 		{"another program's", func(t *testing.T, dir string) { sqlExec(t, dir, `PRAGMA application_id = 77`) }, ErrForeign},
 		{"unmarked tables", func(t *testing.T, dir string) { sqlExec(t, dir, `PRAGMA application_id = 0`) }, ErrForeign},
 		{"no database", func(t *testing.T, dir string) {

@@ -28,6 +28,13 @@ var (
 	ErrOldRoot   = errors.New("root file is an older copy")
 	ErrRestored  = errors.New("database is an older copy")
 	ErrAccess    = errors.New("file may be read or changed by others")
+
+	ErrUnreachable = errors.New("database server cannot be reached")
+	ErrReadOnly    = errors.New("database server takes no changes")
+	ErrDenied      = errors.New("database server refuses this user")
+	ErrBusy        = errors.New("database server has no connection left")
+	ErrDeposed     = errors.New("another process has taken the inventory over")
+	ErrNotHeld     = errors.New("whether this process still has the inventory is not known")
 )
 
 // errRootFile is in every error of the step that replaces the root file.

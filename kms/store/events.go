@@ -67,6 +67,9 @@ func (s *Store) AppendEvent(ctx context.Context, e LogEvent) error {
 
 // Events gives the events that q selects, newest first.
 func (s *Store) Events(ctx context.Context, q EventQuery) (list []LogEvent, err error) {
+	if err := s.usable(); err != nil {
+		return nil, err
+	}
 	n, err := limit(q.Limit)
 	if err != nil {
 		return nil, err

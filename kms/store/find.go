@@ -29,6 +29,9 @@ func (s *Store) Find(ctx context.Context, id key.ID) (KeyInfo, error) {
 	if id.IsZero() {
 		return KeyInfo{}, fmt.Errorf("store: Key-ID %s: %w", id, ErrNotFound)
 	}
+	if err := s.usable(); err != nil {
+		return KeyInfo{}, err
+	}
 	found, err := s.scan(ctx, id)
 	if err != nil {
 		return KeyInfo{}, err

@@ -46,9 +46,10 @@ const (
 	maxLimit           = 10_000
 )
 
-// clip bounds a text and keeps it valid UTF-8.
+// clip bounds a text and keeps it valid UTF-8 without NUL, which not every
+// database takes.
 func clip(t string) string {
-	t = strings.ToValidUTF8(t, "?")
+	t = strings.ReplaceAll(strings.ToValidUTF8(t, "?"), "\x00", "?")
 	if len(t) <= maxDetail {
 		return t
 	}
@@ -115,6 +116,9 @@ func limit(n int) (int, error) {
 
 // History gives the events that q selects, newest first.
 func (s *Store) History(ctx context.Context, q HistoryQuery) (list []Event, err error) {
+	if err := s.usable(); err != nil {
+		return nil, err
+	}
 	n, err := limit(q.Limit)
 	if err != nil {
 		return nil, err

@@ -14,6 +14,9 @@ import (
 // NextLease says which mark would lease up to max of this node's active keys,
 // and how many keys n that is; n is 0 if there are none. It changes nothing.
 func (s *Store) NextLease(ctx context.Context, pool uuid.UUID, max int) (mark key.Position, n int, err error) {
+	if err := s.usable(); err != nil {
+		return 0, 0, err
+	}
 	s.mem.RLock()
 	defer s.mem.RUnlock()
 	p := s.pools[pool]

@@ -24,11 +24,6 @@ type look struct {
 	done      func() error
 }
 
-// looker is an engine that can be looked at.
-type looker interface {
-	look() (*look, error)
-}
-
 // openLook opens the database of opt for reading and begins a snapshot. The
 // root, which is read first, may be nil; rootErr says that there is one that
 // cannot be used. A ratchet that ends meanwhile leaves the root one epoch
@@ -43,14 +38,10 @@ func openLook(ctx context.Context, opt Options) (s *Store, l *look, rootErr, err
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	v, ok := eng.(looker)
-	if !ok {
-		return nil, nil, nil, fmt.Errorf("store: %s: this kind of database cannot be looked at", eng)
-	}
-	if l, err = v.look(); err != nil {
+	if l, err = eng.look(ctx); err != nil {
 		return nil, nil, nil, err
 	}
-	s = &Store{opt: opt, eng: eng, data: map[uint64]cipher.AEAD{}, pools: map[uuid.UUID]*pool{}}
+	s = &Store{opt: opt, eng: eng, data: map[uint64]cipher.AEAD{}, pools: map[uuid.UUID]*pool{}, leadership: leadership{deposed: make(chan struct{})}}
 	s.root, rootErr = s.readRoot()
 	s.w = sql.OpenDB(l.connector)
 	s.w.SetMaxOpenConns(1) // all reads are of one snapshot
@@ -71,6 +62,24 @@ func (s *Store) endLook(l *look) error {
 		_ = s.snap.Close()
 	}
 	return errors.Join(append(errs, s.shut(), l.done())...)
+}
+
+// lookNode reads the node row of a look and judges how database and root file
+// belong together. Older tables are left to the next start.
+func (s *Store) lookNode(ctx context.Context) error {
+	version, err := s.version(ctx, s.snap)
+	if err != nil {
+		return err
+	}
+	if version < schemaVersion() {
+		return fmt.Errorf("the tables have version %d, this program's have %d; start qipsecd, which brings them up to date", version, schemaVersion())
+	}
+	n, err := s.readNode(ctx, s.snap, false)
+	if err != nil {
+		return err
+	}
+	s.uuid, s.epoch, s.generation = n.uuid, n.epoch, n.generation
+	return s.fits(n)
 }
 
 // src is what everything is read from: the writing connection, or a look's

@@ -35,7 +35,7 @@ func Open(ctx context.Context, opt Options) (*Store, error) {
 	}
 	s := &Store{
 		opt: opt, eng: eng, turn: make(chan struct{}, 1), ratcheting: make(chan struct{}, 1),
-		data: map[uint64]cipher.AEAD{}, pools: map[uuid.UUID]*pool{},
+		data: map[uint64]cipher.AEAD{}, pools: map[uuid.UUID]*pool{}, leadership: leadership{deposed: make(chan struct{})},
 	}
 	if err := s.open(ctx); err != nil {
 		return nil, errors.Join(err, s.shut())
@@ -51,6 +51,7 @@ func Open(ctx context.Context, opt Options) (*Store, error) {
 			return nil, errors.Join(err, s.Close())
 		}
 	}
+	s.beginBeats(ctx)
 	return s, nil
 }
 
@@ -70,7 +71,15 @@ func (o *Options) setDefaults() {
 }
 
 func (s *Store) open(ctx context.Context) (err error) {
-	if s.lock, err = s.eng.prepare(); err != nil {
+	if s.files, err = s.eng.prepare(); err != nil {
+		return err
+	}
+	if err := s.connect(); err != nil {
+		return err
+	}
+	if s.lock, err = s.eng.own(ctx); errors.Is(err, ErrInUse) {
+		return errors.Join(err, s.standBy(ctx))
+	} else if err != nil {
 		return err
 	}
 	if s.root, err = s.readRoot(); err != nil {
@@ -82,26 +91,19 @@ func (s *Store) open(ctx context.Context) (err error) {
 			return fmt.Errorf("store: remove a leftover: %w", err)
 		}
 	}
-	if err := s.connect(); err != nil {
-		return err
-	}
 	isNew, err := s.eng.fresh(ctx, s.w)
 	if err != nil {
-		return fmt.Errorf("store: %s: %w", s.eng, err)
+		return fmt.Errorf("store: %s: %w", s.eng, explain(err))
 	}
 	if isNew {
 		if err := s.create(ctx); err != nil {
 			return err
 		}
 	}
-	if err := s.readNode(ctx); err != nil {
+	if err := s.migrate(ctx); err != nil {
 		return fmt.Errorf("store: %s: %w", s.eng, err)
 	}
-	found, err := s.readAll(ctx)
-	if err != nil {
-		return fmt.Errorf("store: %s: %w", s.eng, err)
-	}
-	return s.begin(ctx, found)
+	return s.begin(ctx)
 }
 
 // connect makes the pools of connections: one that writes, a few that read.
@@ -138,16 +140,14 @@ func (s *Store) create(ctx context.Context) (err error) {
 	// Ahead of any database that this one replaces, which counted starts from the
 	// second it was made in.
 	s.generation = uint64(max(s.opt.Now().Unix(), 1))
-	err = s.write(ctx, "make database "+s.eng.String(), func(tx *sql.Tx) error {
+	err = s.transact(ctx, "make database "+s.eng.String(), func(tx *sql.Tx) (err error) {
+		if err := s.makeTables(ctx, tx, s.uuid); err != nil {
+			return err
+		}
 		if err := s.eng.claim(ctx, tx); err != nil {
 			return err
 		}
-		if err := createSchema(ctx, tx, s.eng.bytesType()); err != nil {
-			return err
-		}
-		_, err := tx.ExecContext(ctx, `INSERT INTO node (one, version, uuid, generation, epoch, proof) VALUES (1, $1, $2, 0, 0, $3)`,
-			schemaVersion, s.uuid[:], []byte{})
-		if err != nil {
+		if s.server, err = s.eng.server(ctx, tx); err != nil {
 			return err
 		}
 		return s.putNode(ctx, tx)
@@ -158,67 +158,97 @@ func (s *Store) create(ctx context.Context) (err error) {
 	return err
 }
 
-// putNode writes generation and epoch with their proof.
+// putNode writes what can change of the node row, with its proof.
 func (s *Store) putNode(ctx context.Context, tx *sql.Tx) error {
 	a, err := s.ring(s.epoch)
 	if err != nil {
 		return err
 	}
-	return oneRow(tx.ExecContext(ctx, `UPDATE node SET generation = $1, epoch = $2, proof = $3 WHERE one = 1`,
-		int64(s.generation), int64(s.epoch), seal(a, nil, nodeAAD(s.uuid, s.generation, s.epoch))))
+	n := &nodeRow{generation: s.generation, epoch: s.epoch, server: s.server, holder: s.holder}
+	return oneRow(tx.ExecContext(ctx, `UPDATE node SET generation = $1, epoch = $2, server = $3, holder = $4, proof = $5 WHERE one = 1`,
+		int64(n.generation), int64(n.epoch), n.server, n.holder, seal(a, nil, nodeAAD(s.uuid, n))))
 }
 
-// readNode reads the node row and judges how database and root file belong
-// together.
-func (s *Store) readNode(ctx context.Context) error {
-	var version int64
-	if err := s.src().QueryRowContext(ctx, `SELECT version FROM node WHERE one = 1`).Scan(&version); err != nil {
-		return fmt.Errorf("read node row: %w", explain(err))
+// nodeRow is the one row that says what the database is.
+type nodeRow struct {
+	uuid              uuid.UUID
+	generation, epoch uint64
+	server, holder    string
+	proof             []byte
+}
+
+// readNode reads the node row; if lock, no other process can change it until q,
+// a transaction, ends.
+func (s *Store) readNode(ctx context.Context, q querier, lock bool) (*nodeRow, error) {
+	query := `SELECT uuid, generation, epoch, server, holder, proof FROM node WHERE one = 1`
+	if lock {
+		query = s.eng.lockNode(query)
 	}
-	if version != schemaVersion {
-		return fmt.Errorf("%w: its tables have version %d, this program knows %d; install the newer program again", ErrNewer, version, schemaVersion)
+	var id []byte
+	n := &nodeRow{}
+	if err := q.QueryRowContext(ctx, query).Scan(&id, &n.generation, &n.epoch, &n.server, &n.holder, &n.proof); err != nil {
+		return nil, fmt.Errorf("read node row: %w", explain(err))
 	}
-	var id, proof []byte
-	if err := s.src().QueryRowContext(ctx, `SELECT uuid, generation, epoch, proof FROM node WHERE one = 1`).
-		Scan(&id, &s.generation, &s.epoch, &proof); err != nil {
-		return fmt.Errorf("read node row: %w", explain(err))
-	}
-	copy(s.uuid[:], id)
-	const startEmpty = "or move both files away to start with empty pools"
-	root := s.opt.RootFile
-	switch {
-	case s.root == nil:
-		return fmt.Errorf("%w: %s; without it no key can be opened: put it back, %s", ErrNoRoot, root, startEmpty)
-	case s.root.store != s.uuid:
-		return fmt.Errorf("%w: %s is of store %s, the database of %s; put the right one back, %s", ErrWrongRoot, root, s.root.store, s.uuid, startEmpty)
-	case s.epoch < s.root.epoch:
-		return fmt.Errorf("%w: it is at epoch %d, %s at %d: its keys cannot be opened and its marks are not the last ones; put the newest one back, %s",
-			ErrRestored, s.epoch, root, s.root.epoch, startEmpty)
-	case s.epoch > s.root.epoch+1:
-		return fmt.Errorf("%w: %s is at epoch %d, the database at %d: whoever has such a copy can open keys that were used since; put the newest one back, %s",
-			ErrOldRoot, root, s.root.epoch, s.epoch, startEmpty)
-	}
-	a, err := s.ring(s.epoch)
-	if err != nil {
-		return err
-	}
-	if err := unseal(a, proof, nil, nodeAAD(s.uuid, s.generation, s.epoch)); err != nil {
-		return fmt.Errorf("node row does not open with root file %s: %w: %w; put the newest copies of both back, %s", root, err, ErrDamaged, startEmpty)
+	copy(n.uuid[:], id)
+	return n, nil
+}
+
+// check is whether a, the cipher of its epoch, proves the row.
+func (n *nodeRow) check(a cipher.AEAD) error {
+	if err := unseal(a, n.proof, nil, nodeAAD(n.uuid, n)); err != nil {
+		return fmt.Errorf("%w: %w", err, ErrDamaged)
 	}
 	return nil
 }
 
-// begin starts the process's life in the store: a new generation, nothing at or
-// below the marks, nothing damaged.
-func (s *Store) begin(ctx context.Context, found []*damage) error {
-	s.generation++
-	for _, p := range s.pools {
-		p.spent = [2]key.Position{p.info.Mark, p.info.PeerMark}
+// fits judges how database and root file belong together, and checks n's proof.
+func (s *Store) fits(n *nodeRow) error {
+	const startEmpty = "or move both away to start with empty pools"
+	root := s.opt.RootFile
+	switch {
+	case s.root == nil:
+		return fmt.Errorf("%w: %s; without it no key can be opened: put it back, %s", ErrNoRoot, root, startEmpty)
+	case s.root.store != n.uuid:
+		return fmt.Errorf("%w: %s is of store %s, the database of %s; put the right one back, %s", ErrWrongRoot, root, s.root.store, n.uuid, startEmpty)
+	case n.epoch < s.root.epoch:
+		return fmt.Errorf("%w: it is at epoch %d, %s at %d: its keys cannot be opened and its marks are not the last ones; put the newest one back, %s",
+			ErrRestored, n.epoch, root, s.root.epoch, startEmpty)
+	case n.epoch > s.root.epoch+1:
+		return fmt.Errorf("%w: %s is at epoch %d, the database at %d: whoever has such a copy can open keys that were used since; put the newest one back, %s",
+			ErrOldRoot, root, s.root.epoch, n.epoch, startEmpty)
 	}
+	a, err := s.ring(n.epoch)
+	if err != nil {
+		return err
+	}
+	if err := n.check(a); err != nil {
+		return fmt.Errorf("node row does not open with root file %s: %w; put the newest copies of both back, %s", root, err, startEmpty)
+	}
+	return nil
+}
+
+// begin starts the process's life in the store, in one transaction that keeps
+// every other process from changing anything: a new generation, nothing at or
+// below the marks, nothing damaged, and, on another server, nothing at all.
+func (s *Store) begin(ctx context.Context) error {
+	at := sinceBoot()
+	var found []*damage
 	gone := map[*pool][]*header{}
-	err := s.write(ctx, "begin a new generation", func(tx *sql.Tx) error {
+	err := s.transact(ctx, "begin a new generation", func(tx *sql.Tx) (err error) {
+		moved, err := s.takeOver(ctx, tx)
+		if err != nil {
+			return err
+		}
+		if found, err = s.readAll(ctx, tx); err != nil {
+			return err
+		}
 		if err := s.putNode(ctx, tx); err != nil {
 			return err
+		}
+		for _, e := range s.findings(moved) {
+			if err := s.append(ctx, tx, e); err != nil {
+				return err
+			}
 		}
 		for _, d := range found {
 			if err := s.giveUpIn(ctx, tx, d); err != nil {
@@ -227,12 +257,15 @@ func (s *Store) begin(ctx context.Context, found []*damage) error {
 			gone[s.pools[d.h.pool]] = append(gone[s.pools[d.h.pool]], d.h)
 		}
 		for _, p := range s.pools {
+			p.spent = [2]key.Position{p.info.Mark, p.info.PeerMark}
 			s.forget(p, gone[p]...)
-			used, err := s.dropDone(ctx, tx, p)
-			if err != nil {
+			drop := s.dropDone
+			if moved {
+				drop = s.dropAll
+			}
+			if gone[p], err = drop(ctx, tx, p); err != nil {
 				return err
 			}
-			gone[p] = used
 		}
 		return nil
 	})
@@ -242,9 +275,38 @@ func (s *Store) begin(ctx context.Context, found []*damage) error {
 	for p, used := range gone {
 		s.forget(p, used...)
 	}
+	s.proven.Store(int64(at))
 	s.stats.Damaged = len(found)
 	for _, d := range found {
 		s.opt.Log.Error("store: damaged block given up", "pool", d.h.pool, "seq", d.h.seq, "keys", d.h.count, "err", d.cause)
 	}
 	return nil
+}
+
+// takeOver judges the node row, counts the generation up, and reports whether
+// the database is on another server than it was written at: then its last
+// commits may be missing, the generation among them.
+func (s *Store) takeOver(ctx context.Context, tx *sql.Tx) (moved bool, err error) {
+	n, err := s.readNode(ctx, tx, true)
+	if err != nil {
+		return false, err
+	}
+	if s.eng.shared() {
+		if err := s.follow(ctx, n); err != nil {
+			return false, err
+		}
+	}
+	if err := s.fits(n); err != nil {
+		return false, err
+	}
+	s.uuid, s.epoch, s.generation, s.holder = n.uuid, n.epoch, n.generation+1, uuid.NewString()
+	if s.server, err = s.eng.server(ctx, tx); err != nil {
+		return false, err
+	}
+	if moved = s.server != n.server; moved {
+		s.generation = max(s.generation, uint64(max(s.opt.Now().Unix(), 0)))
+		s.opt.Log.Error("store: database is on another server, timeline or table than it was written at: all stored keys are given up",
+			"database", s.eng.String(), "written", n.server, "now", s.server)
+	}
+	return moved, nil
 }

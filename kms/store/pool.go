@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/google/uuid"
 
@@ -202,7 +203,7 @@ func oneRow(res sql.Result, err error) error {
 // most 32 bytes) unless it is there. It fails with ErrConflict if it is there
 // with another peer, role or class.
 func (s *Store) EnsurePool(ctx context.Context, id uuid.UUID, peer string, role key.Role, class key.Class) error {
-	if id == uuid.Nil || peer == "" || len(peer) > 32 || strings.ContainsRune(peer, 0) ||
+	if id == uuid.Nil || peer == "" || len(peer) > 32 || strings.ContainsRune(peer, 0) || !utf8.ValidString(peer) ||
 		role != key.Master && role != key.Slave || class < key.Derived || class > key.Direct {
 		return fmt.Errorf("store: pool %s with %q, %s, %s: a field is out of range", id, peer, role, class)
 	}
@@ -242,6 +243,9 @@ func (s *Store) insertPool(ctx context.Context, tx *sql.Tx, i *PoolInfo) error {
 
 // Pool gives one pool's state from memory; ErrNoPool.
 func (s *Store) Pool(ctx context.Context, id uuid.UUID) (PoolInfo, error) {
+	if err := s.usable(); err != nil {
+		return PoolInfo{}, err
+	}
 	s.mem.RLock()
 	defer s.mem.RUnlock()
 	if p := s.pools[id]; p != nil {
@@ -252,6 +256,9 @@ func (s *Store) Pool(ctx context.Context, id uuid.UUID) (PoolInfo, error) {
 
 // Pools gives every pool's state from memory, ordered by peer, then id.
 func (s *Store) Pools(ctx context.Context) ([]PoolInfo, error) {
+	if err := s.usable(); err != nil {
+		return nil, err
+	}
 	s.mem.RLock()
 	defer s.mem.RUnlock()
 	list := make([]PoolInfo, 0, len(s.pools))

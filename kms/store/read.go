@@ -11,17 +11,18 @@ import (
 	"github.com/q-ipsec/q-ipsec/kms/key"
 )
 
-// readAll fills memory from the database and verifies every pool and block row.
-// Blocks that do not hold are in memory too, and in found.
-func (s *Store) readAll(ctx context.Context) (found []*damage, err error) {
-	pools, err := s.readPools(ctx)
+// readAll fills memory from the database and verifies every pool and
+// block row. What was spent stays spent. Blocks that do not hold are in memory
+// too, and in found.
+func (s *Store) readAll(ctx context.Context, q querier) (found []*damage, err error) {
+	pools, err := s.readPools(ctx, q)
 	if err != nil {
 		return nil, err
 	}
-	if found, err = s.readBlocks(ctx, pools); err != nil {
+	if found, err = s.readBlocks(ctx, q, pools); err != nil {
 		return nil, err
 	}
-	bad, err := s.readParts(ctx, pools)
+	bad, err := s.readParts(ctx, q, pools)
 	if err != nil {
 		return nil, err
 	}
@@ -36,32 +37,39 @@ func (s *Store) readAll(ctx context.Context) (found []*damage, err error) {
 	}
 	for table, next := range map[string]*int64{"history": &s.historyNext, "event": &s.eventNext} {
 		var last sql.NullInt64
-		if err := s.src().QueryRowContext(ctx, `SELECT max(serial) FROM `+table).Scan(&last); err != nil {
+		if err := q.QueryRowContext(ctx, `SELECT max(serial) FROM `+table).Scan(&last); err != nil {
 			return nil, fmt.Errorf("read %s: %w", table, explain(err))
 		}
 		*next = max(*next, last.Int64+1)
 	}
 	s.mem.Lock()
-	s.pools = pools
-	for _, p := range pools {
+	for id, p := range pools {
+		if old := s.pools[id]; old != nil {
+			p.spent = old.spent
+		}
 		p.count()
 	}
+	s.pools = pools
 	s.mem.Unlock()
 	return found, nil
 }
 
-// reload reads memory anew after a commit of unknown outcome. What was spent
-// stays spent; a mark that turns out raised may be read up to.
+// reload reads memory anew after a commit of unknown outcome. A mark that turns
+// out raised may be read up to: that it was raised by this process, and not by one
+// that took over, is what write checks.
 func (s *Store) reload(ctx context.Context) error {
-	before := s.pools
-	found, err := s.readAll(ctx)
-	if err != nil {
-		return fmt.Errorf("store: read anew after a failed commit: %w", err)
-	}
-	for id, p := range s.pools {
-		if old := before[id]; old != nil {
-			p.spent = old.spent
+	var found []*damage
+	err := s.write(ctx, "read anew after a failed commit", func(tx *sql.Tx) (err error) {
+		n, err := s.readNode(ctx, tx, false) // it is ours: locked and checked
+		if err != nil {
+			return err
 		}
+		s.setGeneration(max(s.generation, n.generation))
+		found, err = s.readAll(ctx, tx)
+		return err
+	})
+	if err != nil {
+		return err
 	}
 	s.stale = false
 	for _, d := range found {
@@ -72,8 +80,8 @@ func (s *Store) reload(ctx context.Context) error {
 	return nil
 }
 
-func (s *Store) readPools(ctx context.Context) (_ map[uuid.UUID]*pool, err error) {
-	rows, err := s.src().QueryContext(ctx, `SELECT id, peer, role, class, newest_seq, own_mark, peer_mark, peer_generation, epoch, proof FROM pool`)
+func (s *Store) readPools(ctx context.Context, q querier) (_ map[uuid.UUID]*pool, err error) {
+	rows, err := q.QueryContext(ctx, `SELECT id, peer, role, class, newest_seq, own_mark, peer_mark, peer_generation, epoch, proof FROM pool`)
 	if err != nil {
 		return nil, fmt.Errorf("read pools: %w", explain(err))
 	}
@@ -107,8 +115,8 @@ func (s *Store) readPools(ctx context.Context) (_ map[uuid.UUID]*pool, err error
 	return pools, errors.Join(bad...)
 }
 
-func (s *Store) readBlocks(ctx context.Context, pools map[uuid.UUID]*pool) (found []*damage, err error) {
-	rows, err := s.src().QueryContext(ctx, `SELECT pool, seq, state, class, no_pad, key_count, byte_count, algorithm, tag_m, tag_s, digest,
+func (s *Store) readBlocks(ctx context.Context, q querier, pools map[uuid.UUID]*pool) (found []*damage, err error) {
+	rows, err := q.QueryContext(ctx, `SELECT pool, seq, state, class, no_pad, key_count, byte_count, algorithm, tag_m, tag_s, digest,
 		own_cut, peer_cut, generation, epoch, wrap FROM block ORDER BY pool, seq`)
 	if err != nil {
 		return nil, fmt.Errorf("read blocks: %w", explain(err))
@@ -152,8 +160,8 @@ func (s *Store) readBlocks(ctx context.Context, pools map[uuid.UUID]*pool) (foun
 
 // readParts checks that every part is there in its right size; whether it opens
 // shows when it is read.
-func (s *Store) readParts(ctx context.Context, pools map[uuid.UUID]*pool) (found []*damage, err error) {
-	rows, err := s.src().QueryContext(ctx, `SELECT pool, seq, part, length(ids), length(box) FROM part ORDER BY pool, seq, part`)
+func (s *Store) readParts(ctx context.Context, q querier, pools map[uuid.UUID]*pool) (found []*damage, err error) {
+	rows, err := q.QueryContext(ctx, `SELECT pool, seq, part, length(ids), length(box) FROM part ORDER BY pool, seq, part`)
 	if err != nil {
 		return nil, fmt.Errorf("read parts: %w", explain(err))
 	}

@@ -5,16 +5,34 @@ import (
 	"database/sql"
 	"fmt"
 	"strings"
+
+	"github.com/google/uuid"
 )
 
-// schemaVersion counts changes of the tables below. A store of a newer version
-// is refused; there is no older one yet.
-const schemaVersion = 1
+// migration is one step of the schema. Its statements are portable SQL, BYTES
+// standing for the dialect's type of byte strings, and run in one transaction.
+type migration struct{ what, sql string }
 
-// schema is portable SQL; BYTES stands for the dialect's type of byte strings.
-// Times are microseconds since 1970 UTC. A position is seq<<20|index. Serials
-// are counted by us, the store having one writer.
-const schema = `
+// migrations lead from an empty database to the present one: entry n makes
+// version n+1 of version n. A new database goes through all of them. What was
+// released is never changed: to change the schema, append an entry. Columns that
+// are added need a default, and rows keep their proofs, so what a proof covers
+// may grow only by what the default leaves out (nodeAAD is an example). The
+// columns that the node row had in version 2 stay, because programs of every
+// version read them to know one another.
+var migrations = []migration{
+	{"the tables", tables},
+	{"the node row's server and holder", `ALTER TABLE node ADD COLUMN server TEXT NOT NULL DEFAULT '';
+		ALTER TABLE node ADD COLUMN holder TEXT NOT NULL DEFAULT ''`},
+}
+
+// schemaVersion is that of the tables this program reads and writes. A database
+// of a newer one is refused.
+func schemaVersion() int64 { return int64(len(migrations)) }
+
+// tables is version 1. Times are microseconds since 1970 UTC. A position is
+// seq<<20|index. Serials are counted by us, the store having one writer.
+const tables = `
 CREATE TABLE node (
 	one BIGINT PRIMARY KEY CHECK (one = 1),
 	version BIGINT NOT NULL,
@@ -86,12 +104,62 @@ CREATE TABLE event (
 	action TEXT NOT NULL
 )`
 
-// createSchema makes every table.
-func createSchema(ctx context.Context, tx *sql.Tx, bytesType string) error {
-	for stmt := range strings.SplitSeq(strings.ReplaceAll(schema, "BYTES", bytesType), ";") {
+// apply runs the statements of m within tx.
+func (m migration) apply(ctx context.Context, tx *sql.Tx, bytesType string) error {
+	for stmt := range strings.SplitSeq(strings.ReplaceAll(m.sql, "BYTES", bytesType), ";") {
 		if _, err := tx.ExecContext(ctx, stmt); err != nil {
-			return fmt.Errorf("create tables: %w", err)
+			return fmt.Errorf("make %s: %w", m.what, err)
 		}
+	}
+	return nil
+}
+
+// makeTables makes the newest tables and the node row, whose numbers and proof
+// the caller fills in.
+func (s *Store) makeTables(ctx context.Context, tx *sql.Tx, id uuid.UUID) error {
+	for _, m := range migrations {
+		if err := m.apply(ctx, tx, s.eng.bytesType()); err != nil {
+			return err
+		}
+	}
+	_, err := tx.ExecContext(ctx, `INSERT INTO node (one, version, uuid, generation, epoch, proof) VALUES (1, $1, $2, 0, 0, $3)`,
+		schemaVersion(), id[:], []byte{})
+	return err
+}
+
+// version reads that of the tables; ErrNewer if this program does not know it.
+func (s *Store) version(ctx context.Context, q querier) (v int64, err error) {
+	if err := q.QueryRowContext(ctx, `SELECT version FROM node WHERE one = 1`).Scan(&v); err != nil {
+		return 0, fmt.Errorf("read node row: %w", explain(err))
+	}
+	if v > schemaVersion() {
+		return 0, fmt.Errorf("%w: its tables have version %d, this program knows %d; install the newer program again", ErrNewer, v, schemaVersion())
+	}
+	return v, nil
+}
+
+// migrate brings the tables of an older version to the newest, one transaction
+// for each step. ErrNewer if they are newer.
+func (s *Store) migrate(ctx context.Context) error {
+	version, err := s.version(ctx, s.w)
+	if err != nil {
+		return err
+	}
+	if version < 1 {
+		return fmt.Errorf("version %d of the tables: %w", version, ErrDamaged)
+	}
+	for ; version < schemaVersion(); version++ {
+		m := migrations[version]
+		err := s.transact(ctx, fmt.Sprintf("bring the tables to version %d", version+1), func(tx *sql.Tx) error {
+			if err := m.apply(ctx, tx, s.eng.bytesType()); err != nil {
+				return err
+			}
+			return oneRow(tx.ExecContext(ctx, `UPDATE node SET version = $1 WHERE one = 1 AND version = $2`, version+1, version))
+		})
+		if err != nil {
+			return err
+		}
+		s.opt.Log.Info("store: tables changed", "database", s.eng.String(), "version", version+1, "by", m.what)
 	}
 	return nil
 }

@@ -133,9 +133,16 @@ func (p *PoolInfo) rowAAD(store uuid.UUID, epoch uint64) []byte {
 	return b
 }
 
-// nodeAAD is the associated data of the node row's proof.
-func nodeAAD(store uuid.UUID, generation, epoch uint64) []byte {
+// nodeAAD is the associated data of the node row's proof. Of a row that names
+// neither server nor holder it is that of version 1.
+func nodeAAD(store uuid.UUID, n *nodeRow) []byte {
 	b := fixed("node", store)
-	b = binary.BigEndian.AppendUint64(b, generation)
-	return binary.BigEndian.AppendUint64(b, epoch)
+	b = binary.BigEndian.AppendUint64(b, n.generation)
+	b = binary.BigEndian.AppendUint64(b, n.epoch)
+	if n.server == "" && n.holder == "" {
+		return b
+	}
+	b = append(b, byte(len(n.server)))
+	b = append(b, n.server...)
+	return append(b, n.holder...)
 }

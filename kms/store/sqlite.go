@@ -43,6 +43,23 @@ func (e *sqliteEngine) prepare() (*os.File, error) {
 	return lockFile(e.path+".lock", e.path)
 }
 
+// own has nothing to do: the file is locked, and no lock file outlives its process.
+func (e *sqliteEngine) own(context.Context) (lock, error) { return fileLock{}, nil }
+
+// fileLock stands as long as the process does.
+type fileLock struct{}
+
+func (fileLock) hold(context.Context, string) error { return nil }
+
+func (fileLock) Close() error { return nil }
+
+func (e *sqliteEngine) shared() bool { return false }
+
+// lockNode: every transaction that writes has the database to itself.
+func (e *sqliteEngine) lockNode(query string) string { return query }
+
+func (e *sqliteEngine) server(context.Context, querier) (string, error) { return "", nil }
+
 // connector spells the settings that every connection gets. synchronous=FULL
 // syncs the write-ahead log at each commit: a mark that Advance reported survives
 // a power cut.

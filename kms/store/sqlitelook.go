@@ -16,7 +16,7 @@ import (
 // keeps one from starting until it is done. A log that a crash left is read but
 // not written back; of the files SQLite wants beside it, one that was not there
 // is removed again.
-func (e *sqliteEngine) look() (*look, error) {
+func (e *sqliteEngine) look(context.Context) (*look, error) {
 	l := &look{begin: "BEGIN", verify: verifySQLite}
 	for _, dir := range []string{filepath.Dir(e.path), filepath.Dir(e.rootFile)} {
 		fi, err := os.Stat(dir)

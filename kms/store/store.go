@@ -19,9 +19,15 @@ import (
 
 // Options say where a store lives. URL, RootFile and Log must be set.
 type Options struct {
-	// URL is sqlite:/path. The file's directory must have mode 0700; it is made
-	// if only its last element is missing.
+	// URL is sqlite:/path or postgres://... . The file's directory must have mode
+	// 0700; it is made if only its last element is missing. A PostgreSQL URL is
+	// libpq's; the tables live in the schema that its search_path names, or
+	// q_ipsec. It is made if the user may.
 	URL string
+	// PasswordFile holds the password of PostgreSQL's user in one line, mode 0600.
+	// Without it, it comes from the URL, or as with libpq from passfile or
+	// PGPASSFILE.
+	PasswordFile string
 	// RootFile holds the root, 96 bytes, mode 0600 or 0400. It must not lie in any
 	// backup of the database. It is made if the database is new. It is replaced at
 	// each ratchet: its directory must be writable.
@@ -44,11 +50,12 @@ type Options struct {
 // goroutines. Changes happen one at a time, each in one durable transaction
 // with its history rows; what the callers ask most is answered from memory.
 type Store struct {
-	opt  Options
-	eng  engine
-	lock *os.File
-	w, r *sql.DB   // one writing connection, a few reading ones
-	snap *sql.Conn // of a look: where everything is read from
+	opt   Options
+	eng   engine
+	files *os.File  // locked against other processes of this machine
+	lock  lock      // against those of others
+	w, r  *sql.DB   // one writing connection, a few reading ones
+	snap  *sql.Conn // of a look: where everything is read from
 
 	turn       chan struct{} // holds one token: whoever has it may change things
 	ratcheting chan struct{} // the same, around a whole Ratchet
@@ -63,12 +70,16 @@ type Store struct {
 	stale        bool // a commit's outcome is unknown: read memory anew first
 	closed       bool
 	generation   uint64
+	server       string // where the node row was last written, if the engine can tell
+	holder       string // names this Open in the node row
 	uuid         uuid.UUID
 	sinceRatchet int
 
 	mem   sync.RWMutex // guards pools and stats; written only with turn in hand
 	pools map[uuid.UUID]*pool
 	stats Stats
+
+	leadership
 }
 
 // UUID names the store; it is drawn when the store is made.
@@ -85,6 +96,10 @@ func (s *Store) acquire(ctx context.Context) error {
 		s.release()
 		return fmt.Errorf("store: %w", ErrClosed)
 	}
+	if err := s.usable(); err != nil {
+		s.release()
+		return err
+	}
 	if s.stale {
 		if err := s.reload(ctx); err != nil {
 			s.release()
@@ -96,29 +111,50 @@ func (s *Store) acquire(ctx context.Context) error {
 
 func (s *Store) release() { <-s.turn }
 
-// write runs fn in one durable transaction; what names it in errors. If the
-// outcome of the commit is unknown, memory is read anew before the next change.
+// write runs fn in one durable transaction; what names it in errors. Once
+// another process has begun, it changes nothing and the store is deposed.
 func (s *Store) write(ctx context.Context, what string, fn func(*sql.Tx) error) error {
+	return s.transact(ctx, what, func(tx *sql.Tx) error {
+		if err := s.stillOurs(ctx, tx); err != nil {
+			return err
+		}
+		return fn(tx)
+	})
+}
+
+// stillOurs checks, within tx, that no other process has begun, and keeps one
+// from it until tx ends.
+func (s *Store) stillOurs(ctx context.Context, tx *sql.Tx) error {
+	var holder string
+	if err := tx.QueryRowContext(ctx, s.eng.lockNode(holderQuery)).Scan(&holder); err != nil {
+		return fmt.Errorf("read node row: %w", err)
+	}
+	return checkHolder(holder, s.holder)
+}
+
+// transact is write for what comes before this process has begun. If the outcome of the
+// commit is unknown, memory is read anew before the next change.
+func (s *Store) transact(ctx context.Context, what string, fn func(*sql.Tx) error) error {
 	conn, err := s.w.Conn(ctx)
 	if err != nil {
-		return fmt.Errorf("store: %s: %w", what, explain(err))
+		return fmt.Errorf("store: %s: %w", what, s.judge(err))
 	}
 	defer conn.Close()
 	tx, err := conn.BeginTx(ctx, nil)
 	if err != nil {
 		s.discard(conn)
-		return fmt.Errorf("store: %s: begin: %w", what, explain(err))
+		return fmt.Errorf("store: %s: begin: %w", what, s.judge(err))
 	}
 	if err := fn(tx); err != nil {
 		if tx.Rollback() != nil {
 			s.discard(conn) // a closed connection rolls back
 		}
-		return fmt.Errorf("store: %s: %w", what, explain(err))
+		return fmt.Errorf("store: %s: %w", what, s.judge(err))
 	}
 	if err := tx.Commit(); err != nil {
 		s.stale = true
 		s.discard(conn)
-		return fmt.Errorf("store: %s: commit: %w", what, explain(err))
+		return fmt.Errorf("store: %s: commit: %w", what, s.judge(err))
 	}
 	return nil
 }
@@ -141,6 +177,7 @@ func (s *Store) Close() error {
 }
 
 func (s *Store) shut() error {
+	s.endBeats()
 	var errs []error
 	if s.r != nil {
 		errs = append(errs, s.r.Close())
@@ -154,7 +191,10 @@ func (s *Store) shut() error {
 	s.credential.Wipe() // nil where there is none
 	s.data = nil
 	if s.lock != nil {
-		errs = append(errs, s.lock.Close()) // last: the lock covers all before
+		errs = append(errs, s.lock.Close())
+	}
+	if s.files != nil {
+		errs = append(errs, s.files.Close()) // last: the locks cover all before
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("store: close: %w", err)
