@@ -150,6 +150,15 @@ func TestFaults(t *testing.T) {
 		"one socket":        {[][2]string{{`# plugin = "/run/q-ipsec/plugin.sock"`, `plugin = "/run/q-ipsec/operator.sock"`}, {`# vici = "/run/charon.vici"`, `vici = "/run/q-ipsec/operator.sock"`}}, "ipsec.vici ipsec.plugin"},
 		"fractions":         {[][2]string{{`# max_key_age = "1h"`, `max_key_age = "10900ms"`}, {`# rekey_time = "4h"`, `rekey_time = "20.5s"`}, {`# reauth_time = "0s"`, `reauth_time = "60500ms"`}, {`# dpd_delay = "30s"`, `dpd_delay = "1500ms"`}, {`# rekey_time = "10m"`, `rekey_time = "1.5s"`}, {`# notice_ttl = "5m"`, `notice_ttl = "1500ms"`}}, "kms.notice_ttl ipsec.connection[0].max_key_age ipsec.connection[0].rekey_time ipsec.connection[0].reauth_time ipsec.connection[0].dpd_delay ipsec.connection[0].child[0].rekey_time"},
 		"half a key's age":  {[][2]string{{`# max_key_age = "1h"`, `max_key_age = "11s"`}}, ""},
+		"4 in 6 selector":   {[][2]string{{`["10.2.0.0/24"]`, `["::ffff:10.2.0.0/120"]`}, {`["10.1.0.0/24"]`, `["::ffff:10.1.0.0/120"]`}}, "ipsec.connection[0].child[0].local_ts[0] ipsec.connection[0].child[0].remote_ts[0]"},
+		"feeder's address":  {[][2]string{{`# feeder_addr = ""`, `feeder_addr = "qkde"`}, {`# feeder_listen = ""`, `feeder_listen = "0.0.0.0:22"`}}, "kms.pair[0].feeder_addr kms.pair[0].feeder_listen"},
+		"feeder half":       {[][2]string{{`# feeder_addr = ""`, `feeder_addr = "192.0.2.3"`}}, "kms.pair[0].feeder_listen"},
+		"feeder other half": {[][2]string{{`# feeder_listen = ""`, `feeder_listen = "192.0.2.1:22"`}}, "kms.pair[0].feeder_addr"},
+		"feeder's family":   {[][2]string{{`# feeder_addr = ""`, `feeder_addr = "2001:db8::3"`}, {`# feeder_listen = ""`, `feeder_listen = "192.0.2.1:22"`}}, "kms.pair[0].feeder_listen"},
+		"feeder cut off":    {[][2]string{{`# feeder = ""`, `feeder = "qkde"`}, {`["10.2.0.0/24"]`, `["0.0.0.0/0"]`}}, "kms.pair[0].feeder_addr"},
+		"feeder here":       {[][2]string{{`# feeder = ""`, `feeder = "qkde"`}, {`# feeder_addr = ""`, `feeder_addr = "127.0.0.1"`}, {`["10.2.0.0/24"]`, `["0.0.0.0/0"]`}}, ""},
+		"feeder known":      {[][2]string{{`# feeder = ""`, `feeder = "qkde"`}, {`# feeder_addr = ""`, `feeder_addr = "192.0.2.3"`}, {`# feeder_listen = ""`, `feeder_listen = "192.0.2.1:22"`}, {`["10.2.0.0/24"]`, `["0.0.0.0/0"]`}}, ""},
+		"feeder unguarded":  {[][2]string{{`# feeder = ""`, `feeder = "qkde"`}, {`# guard = true`, `guard = false`}, {`["10.2.0.0/24"]`, `["0.0.0.0/0"]`}}, ""},
 		"intake of all":     {[][2]string{{`intake = "intake"`, `intake = "."`}}, "kms.pair[0].intake"},
 		"intake above":      {[][2]string{{`intake = "intake"`, `intake = "/etc"`}}, "kms.pair[0].intake"},
 		"intake of keys":    {[][2]string{{`intake = "intake"`, `intake = "pki"`}}, "kms.pair[0].intake"},
@@ -375,6 +384,7 @@ func TestGuardLetsKeysCome(t *testing.T) {
 		t.Fatal(err)
 	}
 	own := netip.MustParseAddr("192.0.2.1")
+	n.KMS.Pairs[0].FeederAddr, n.KMS.Pairs[0].FeederListen = netip.MustParseAddr("192.0.2.4"), netip.MustParseAddrPort("192.0.2.1:2222")
 	n.IPsec.KMEs = []KME{{URL: "https://192.0.2.9/api"}, {URL: "https://kme.example:8443"}, {URL: "https://[2001:db8::9]:8443"}}
 	_, allow := n.Guarded()
 	for _, c := range []Channel{
@@ -382,12 +392,13 @@ func TestGuardLetsKeysCome(t *testing.T) {
 		{netip.Addr{}, netip.MustParsePrefix("192.0.2.3/32"), 6, 0, 8443},
 		{own, netip.MustParsePrefix("192.0.2.2/32"), 6, 0, 8441},
 		{own, netip.MustParsePrefix("192.0.2.2/32"), 6, 8441, 0},
+		{own, netip.MustParsePrefix("192.0.2.4/32"), 6, 2222, 0},
 	} {
 		if !slices.Contains(allow, c) {
 			t.Errorf("%v is not among %v", c, allow)
 		}
 	}
-	if len(allow) != 4 {
+	if len(allow) != 5 {
 		t.Errorf("allowed: %v", allow)
 	}
 	for _, listen := range []string{"0.0.0.0:8441", "127.0.0.1:8441", "[2001:db8::1]:8441"} {
@@ -692,11 +703,7 @@ func TestFeederUID(t *testing.T) {
 }
 
 func FuzzParseNode(f *testing.F) {
-	b, err := os.ReadFile("qipsecd.toml")
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add(b)
+	f.Add(bare(f))
 	f.Add([]byte("[node]\nname = \"a\"\n[kms]\n[[kms.sae]]\n[ipsec]\n[[ipsec.connection]]\n[[ipsec.connection.child]]\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		n, err := ParseNode("f", "/", b)

@@ -20,7 +20,7 @@ type Channel struct {
 
 // Guarded says what the guard protects: every remote_ts of a connection with
 // policy required, but those of Routed; and of our own channels to KMAs, KMEs and
-// QKDEs those that lie in either, without which no key would come and so no tunnel
+// QKDEs, SFTP from these too, those that lie in either, without which no key would come and so no tunnel
 // (those named by address: of host names the guard knows nothing). IKE needs no
 // rule: charon's sockets carry a bypass policy of their own.
 func (n *Node) Guarded() (remotes []netip.Prefix, allow []Channel) {
@@ -52,6 +52,9 @@ func (n *Node) Guarded() (remotes []netip.Prefix, allow []Channel) {
 	for _, p := range n.KMS.Pairs {
 		if to, ok := addressOf(p.Control); ok {
 			tcp(netip.Addr{}, to, 0)
+		}
+		if p.FeederAddr.IsValid() && p.FeederListen.IsValid() {
+			tcp(p.FeederListen.Addr().Unmap(), netip.AddrPortFrom(p.FeederAddr, 0), p.FeederListen.Port())
 		}
 	}
 	return remotes, allow

@@ -84,6 +84,7 @@ func (r *reader) ipsec(raw *rawIPsec, n *Node) *IPsec {
 	if v.Guard {
 		r.routedTraffic(&Node{IPsec: v})
 		r.type1Beside(&Node{KMS: n.KMS, IPsec: v})
+		r.feederBeside(&Node{KMS: n.KMS, IPsec: v})
 	}
 	return v
 }
@@ -99,6 +100,20 @@ func (r *reader) type1Beside(n *Node) {
 	for _, p := range n.KMS.Peers {
 		if a := p.Address.Addr().Unmap(); slices.ContainsFunc(protected, func(r netip.Prefix) bool { return r.Contains(a) }) {
 			r.fault("kms.type1_listen", "%v: peer %s at %v lies in a remote_ts: name the address that this node has towards it", n.KMS.Type1Listen, p.Name, a)
+		}
+	}
+}
+
+// feederBeside refuses a pair whose QKDE has a user here, and so delivers over SFTP,
+// but no address where everything is protected: the keys for the tunnel could only
+// come through the tunnel.
+func (r *reader) feederBeside(n *Node) {
+	if n.KMS == nil || !slices.ContainsFunc(n.required(false), func(p netip.Prefix) bool { return p.Bits() == 0 }) {
+		return
+	}
+	for i, p := range n.KMS.Pairs {
+		if p.Feeder != "" && !p.FeederAddr.IsValid() {
+			r.fault(fmt.Sprintf("kms.pair[%d].feeder_addr", i), "is missing: a remote_ts is everything, so the guard would keep the files of %q out unless it knows where they come from; 127.0.0.1 is this machine", p.Feeder)
 		}
 	}
 }
@@ -382,6 +397,9 @@ func (r *reader) prefixes(field string, text []string) []netip.Prefix {
 		if err != nil {
 			r.fault(at, "%q: want a prefix such as 10.1.0.0/16", s)
 			continue
+		}
+		if p.Addr().Is4In6() {
+			r.fault(at, "%q: write it as the IPv4 prefix that it is", s)
 		}
 		if p.Bits() == 1 {
 			r.fault(at, "%q: the guard's own policies have this selector; name 0.0.0.0/0 or ::/0, or smaller networks", s)

@@ -50,6 +50,7 @@ func LoadNode(name string) (*Node, error) {
 	if err := r.err(name); err != nil {
 		return nil, err
 	}
+	n.File = filepath.Join(dir, filepath.Base(name))
 	return n, nil
 }
 
@@ -60,7 +61,12 @@ func ReadNode(name string) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	return ParseNode(name, dir, text)
+	n, err := ParseNode(name, dir, text)
+	if err != nil {
+		return nil, err
+	}
+	n.File = filepath.Join(dir, filepath.Base(name))
+	return n, nil
 }
 
 // ParseNode reads qipsecd's config from text without a look at any other file.
@@ -156,24 +162,41 @@ func (r *reader) pairs(k *KMS, raw []rawPair, nodes map[string]string, self stri
 	for i, p := range raw {
 		at := fmt.Sprintf("kms.pair[%d].", i)
 		v := Pair{
-			ID:        need(r, at+"id", p.ID, parseUUID),
-			Role:      need(r, at+"role", p.Role, key.ParseRole),
-			Peer:      need(r, at+"peer", p.Peer, checked(pki.CheckNode)),
-			QKDID:     need(r, at+"qkd_id", p.QKDID, parseUUID),
-			PeerQKDID: need(r, at+"peer_qkd_id", p.PeerQKDID, parseUUID),
-			Intake:    r.path(at+"intake", p.Intake, ""),
-			Feeder:    p.Feeder,
+			ID:         need(r, at+"id", p.ID, parseUUID),
+			Role:       need(r, at+"role", p.Role, key.ParseRole),
+			Peer:       need(r, at+"peer", p.Peer, checked(pki.CheckNode)),
+			QKDID:      need(r, at+"qkd_id", p.QKDID, parseUUID),
+			PeerQKDID:  need(r, at+"peer_qkd_id", p.PeerQKDID, parseUUID),
+			Intake:     r.path(at+"intake", p.Intake, ""),
+			Feeder:     p.Feeder,
+			FeederAddr: parse(r, at+"feeder_addr", p.FeederAddr, netip.Addr{}, address), FeederListen: parse(r, at+"feeder_listen", p.FeederListen, netip.AddrPort{}, remote),
 			Algorithm: parse(r, at+"algorithm", p.Algorithm, Poly1305, oneOf(Poly1305, SHA256, SHA3256)),
 			Control:   parse(r, at+"control", p.Control, "", parseHTTPS),
 		}
 		if _, ok := nodes[v.Peer]; v.Peer != "" && (!ok || v.Peer == self) {
 			r.fault(at+"peer", "%q is no [[kms.peer]]", v.Peer)
 		}
+		r.feeder(at, p)
 		r.unique(at+"id", p.ID, ids)
 		r.unique(at+"intake", v.Intake, intakes)
 		r.unique(at+"qkd_id", p.QKDID, devices)
 		r.unique(at+"peer_qkd_id", p.PeerQKDID, devices)
 		k.Pairs = append(k.Pairs, v)
+	}
+}
+
+// feeder checks that both ends of the QKDE's SFTP are named or none. It looks at the
+// text, so that one that is at fault is not reported as missing as well.
+func (r *reader) feeder(at string, p rawPair) {
+	from, errFrom := netip.ParseAddr(p.FeederAddr)
+	to, errTo := netip.ParseAddrPort(p.FeederListen)
+	switch {
+	case p.FeederAddr != "" && p.FeederListen == "" && errFrom == nil && !from.IsLoopback():
+		r.fault(at+"feeder_listen", "is missing: the address and port that the QKDE at feeder_addr, %v, calls", from)
+	case p.FeederAddr == "" && p.FeederListen != "":
+		r.fault(at+"feeder_addr", "is missing: the address that calls feeder_listen, %s", p.FeederListen)
+	case errFrom == nil && errTo == nil && from.Unmap().Is4() != to.Addr().Unmap().Is4():
+		r.fault(at+"feeder_listen", "%v and feeder_addr, %v, are of different families", to, from)
 	}
 }
 

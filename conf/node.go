@@ -13,6 +13,7 @@ import (
 
 // Node is the configuration of qipsecd. At least one of KMS and IPsec is there.
 type Node struct {
+	File     string // the config itself, absolute; empty if it was parsed from text
 	Name     string // [node] name
 	StateDir string // inventory; 0700
 	RootFile string // secret that opens the inventory; in no backup of it
@@ -79,10 +80,14 @@ type Pair struct {
 	Role             key.Role
 	Peer             string // node at the other end
 	QKDID, PeerQKDID uuid.UUID
-	Intake           string    // directory of QKD-Key files
-	Feeder           string    // user whose files are taken: a name or a number; empty: our own
-	Algorithm        Algorithm // M102
-	Control          string    // https URL of the QKDE's control interface; empty: none
+	Intake           string // directory of QKD-Key files
+	Feeder           string // user whose files are taken: a name or a number; empty: our own
+	// FeederAddr is where the QKDE's SFTP comes from and FeederListen what it calls:
+	// the guard lets that pass. Zero, or a loopback address: nothing comes over the network.
+	FeederAddr   netip.Addr
+	FeederListen netip.AddrPort
+	Algorithm    Algorithm // M102
+	Control      string    // https URL of the QKDE's control interface; empty: none
 }
 
 // SAE is a consumer of keys that this node's KSA knows, local or at a peer.

@@ -69,6 +69,10 @@ type rawPair struct {
 	PeerQKDID string `toml:"peer_qkd_id"`
 	Intake    string `toml:"intake"`
 	Feeder    string `toml:"feeder"`
+
+	FeederAddr   string `toml:"feeder_addr"`
+	FeederListen string `toml:"feeder_listen"`
+
 	Algorithm string `toml:"algorithm"`
 	Control   string `toml:"control"`
 }

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/q-ipsec/q-ipsec/cmd/internal/version"
+	"github.com/q-ipsec/q-ipsec/sad"
 )
 
 // Exit codes.
@@ -29,6 +30,7 @@ const (
 type app struct {
 	out, err io.Writer
 	now      func() time.Time
+	guard    *sad.Guard // nil: that of the kernel
 }
 
 // command is one line of the command table.

@@ -134,23 +134,6 @@ func TestFlagsMayFollowArguments(t *testing.T) {
 	}
 }
 
-// guard = false holds for the command, too: qipsec-guard.service runs it at boot.
-func TestGuardSwitchedOff(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "qipsecd.toml")
-	sample, err := os.ReadFile("../../conf/qipsecd.toml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(file, bytes.Replace(sample, []byte("# guard = true"), []byte("guard = false"), 1), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	var out, errs bytes.Buffer
-	code := run(t.Context(), &app{out: &out, err: &errs, now: time.Now}, []string{"guard", "install", "--config", file})
-	if code != 0 || !strings.Contains(out.String(), "nothing is guarded") {
-		t.Errorf("exit code %d: %s%s", code, out.String(), errs.String())
-	}
-}
-
 // The tunnels show how long the keys last.
 func TestTunnelsShowTheSupply(t *testing.T) {
 	n := func(v int64) *int64 { return &v }

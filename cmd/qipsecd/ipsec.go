@@ -7,9 +7,9 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
+	"github.com/q-ipsec/q-ipsec/cmd/internal/guard"
 	"github.com/q-ipsec/q-ipsec/conf"
 	"github.com/q-ipsec/q-ipsec/ike"
 	"github.com/q-ipsec/q-ipsec/ike/plugin"
@@ -106,15 +106,16 @@ func (k *keptGuard) Keep(ctx context.Context) (sad.GuardState, error) {
 	return k.Guard.Keep(ctx, k.config)
 }
 
-// installGuard completes the guard, which stays when the daemon ends; nil if none is
-// wanted. A start does so even if the operator has removed it before.
+// installGuard completes the guard, which stays when the daemon ends, and keeps it
+// for the boot at which the config has faults; nil if none is wanted. A start does so
+// even if the operator has removed it before.
 func installGuard(ctx context.Context, n *conf.Node, kernel *xfrm.Conn, log *slog.Logger) (*keptGuard, error) {
-	remotes, allow := n.Guarded()
-	c := sad.GuardConfig{Remotes: remotes, Routed: n.Routed()}
-	for _, v := range allow {
-		c.Allow = append(c.Allow, sad.Channel(v))
+	c := guard.Config(n)
+	if err := guard.Save(n, "", time.Now()); err != nil {
+		log.Error("the guard is not kept for a boot at which the config has faults", "err", err)
 	}
-	if !n.IPsec.Guard || len(c.Remotes)+len(c.Routed) == 0 {
+	networks := guard.Networks(c)
+	if len(networks) == 0 {
 		return nil, nil
 	}
 	marker, err := sad.GuardMarker()
@@ -125,7 +126,7 @@ func installGuard(ctx context.Context, n *conf.Node, kernel *xfrm.Conn, log *slo
 	if err := k.Install(ctx, c); err != nil {
 		return nil, err
 	}
-	log.Info("guard in place: these networks are reached through a tunnel or not at all", "networks", slices.Concat(c.Remotes, c.Routed))
+	log.Info("guard in place: these networks are reached through a tunnel or not at all", "networks", networks)
 	return k, nil
 }
 
