@@ -129,7 +129,7 @@ read_flags || die "the source of the installed strongSwan is not to be had"
 other=-DME
 ! grep -qx -- -DME "$tmp/flags" || other=-UME
 if link same && link other "$other"; then
-    for mode in fit unfit hang; do run same "$mode"; done
+    for mode in fit limits unfit hang; do run same "$mode"; done
     run other other-build
 else
     result 1 "testenv/plugin-asan compiles"

@@ -281,6 +281,198 @@ static void rekeys(void)
 	group("rekey of an IKE_SA and CHILD_SAs behind it");
 }
 
+/** The calls of an initiator for one CHILD_SA, and for how many ms it may wait in
+ *  each: docs/plugin-protocol.md. A CHILD_SA that it makes waits 2 s at most. */
+static const struct {
+	u_int step;
+	u_int ms;
+} waits[] = {
+	{ 0, 600 }, { 1, 300 }, { 3, 600 }, { 6, 200 }, { 7, 200 },
+};
+#define WAIT_OF_ALL 2000
+/** The rest of a CHILD_SA: BIND and two ADDs of the responder, which is here, too. */
+#define WAIT_OF_RESPONDER 1000
+#define TRIES 3
+
+/** How long a CHILD_SA takes that fails at a step by an answer spoilt like that. */
+static u_int failing_takes(const step_t *step, act_t act)
+{
+	world_pair_t pair;
+	uint64_t start;
+	u_int took;
+
+	reset();
+	peer_script(step->kind, step->nth, act);
+	check(world_pair(&pair, "link"), "no IKE_SAs");
+	start = now_ms();
+	world_initiate(&pair);
+	took = now_ms() - start;
+	/* no call of it is made behind one that is late */
+	check(!world_children(pair.init) && peer_count(QI_SENT) == step->sent &&
+		  peer_count(QI_BIND) == step->bind && peer_count(QI_ADD_SA) == step->add,
+		  "%s %s: %u CHILD_SAs, %u SENT, %u BIND, %u ADD", step->name, act_names[act],
+		  world_children(pair.init), peer_count(QI_SENT), peer_count(QI_BIND),
+		  peer_count(QI_ADD_SA));
+	world_end(&pair);
+	return took;
+}
+
+/** By how much this machine wakes up late, in ms, from a sleep of ms. */
+static u_int oversleeps(u_int ms)
+{
+	uint64_t start = now_ms();
+
+	usleep(ms * 1000);
+	return max(now_ms() - start, ms) - ms;
+}
+
+/** Silence at each call of the initiator: what it waits is what a refusal at once
+ *  does not take. Noise adds only, so the best of a few tries counts, and the worst
+ *  of the control in between. */
+static void limits_of_calls(void)
+{
+	u_int i, try, ms, late, control, noise, waited, sum = 0, margin = 0;
+	const step_t *step;
+
+	for (i = 0; i < countof(waits); i++)
+	{
+		step = &steps[waits[i].step];
+		ms = waits[i].ms;
+		control = late = UINT_MAX;
+		noise = 0;
+		for (try = 0; try < TRIES; try++)
+		{
+			u_int refused = failing_takes(step, ACT_REFUSE);
+
+			control = min(control, refused);
+			noise = max(noise, refused - control + oversleeps(ms / 3));
+			late = min(late, failing_takes(step, ACT_LATE));
+			waited = max(late, control) - control;
+			if (waited <= ms + 20)
+			{
+				break;
+			}
+		}
+		noise += 20;
+		check(waited + noise >= ms && waited <= ms + noise,
+			  "silence at %s: waited %u ms, not %u (control %u ms, its noise %u)",
+			  step->name, waited, ms, control, noise);
+		sum += waited;
+		margin += noise;
+	}
+	check(sum <= WAIT_OF_ALL + margin,
+		  "the calls of one CHILD_SA: waited %u ms in all (noise %u)", sum, margin);
+}
+
+/** Every call of one CHILD_SA takes 9/10 of what it may: the CHILD_SA is made, in
+ *  bounded time. Then its last one is late as well. */
+static void limits_of_a_child(act_t last)
+{
+	u_int i, try, took, want = 0, control = UINT_MAX;
+	world_pair_t pair;
+	uint64_t start;
+	bool made = FALSE;
+
+	for (try = 0; try < 2 * TRIES && !made; try++)
+	{
+		reset();
+		check(world_pair(&pair, "link"), "no IKE_SAs");
+		start = now_ms();
+		world_initiate(&pair);
+		control = min(control, now_ms() - start);
+		world_end(&pair);
+		reset();
+		want = 0;
+		for (i = 0; i < countof(waits); i++)
+		{
+			const step_t *step = &steps[waits[i].step];
+
+			peer_setup.slow[step->kind] = waits[i].ms * 9 / 10;
+			peer_script(step->kind, 0, ACT_SLOW);
+			want += waits[i].ms * 9 / 10;
+		}
+		if (last != ACT_SLOW)
+		{	/* instead of those of the other ADDs */
+			peer_script(QI_ADD_SA, 4, last);
+		}
+		check(world_pair(&pair, "link"), "no IKE_SAs");
+		start = now_ms();
+		world_initiate(&pair);
+		took = now_ms() - start;
+		made = last == ACT_SLOW ? world_children(pair.init) == 1
+								: peer_count(QI_ADD_SA) == 4;
+		check(last == ACT_SLOW || !world_children(pair.init),
+			  "a CHILD_SA although its last ADD was %s", act_names[last]);
+		check(took <= WAIT_OF_ALL + WAIT_OF_RESPONDER + 3 * control + 200,
+			  "all calls slow, the last one %s: %u ms at both ends (control %u)",
+			  act_names[last], took, control);
+		world_end(&pair);
+	}
+	/* on a machine that is busy one of the calls may have been late by itself */
+	check(made, "all calls slow, the last one %s: no CHILD_SA came so far in %u tries",
+		  act_names[last], try);
+	check(!made || last != ACT_SLOW || took >= want,
+		  "all calls slow: it took %u ms, less than the %u of the initiator's calls",
+		  took, want);
+}
+
+static void limits(void)
+{
+	check(peer_wait(QI_HELLO, 1), "no HELLO");
+	limits_of_calls();
+	limits_of_a_child(ACT_SLOW);
+	limits_of_a_child(ACT_LATE);
+	group("a CHILD_SA waits for qipsecd at most 2 s");
+}
+
+/** TRUE if the side has one CHILD_SA, and its packets lead into that. */
+static bool sends(ike_sa_t *ike_sa)
+{
+	enumerator_t *enumerator;
+	child_sa_t *child;
+	u_int all = 0, leading = 0;
+
+	enumerator = ike_sa->create_child_sa_enumerator(ike_sa);
+	while (enumerator->enumerate(enumerator, &child))
+	{
+		if (child->get_state(child) == CHILD_INSTALLED)
+		{
+			all++;
+			leading += child->get_outbound_state(child) == CHILD_OUTBOUND_INSTALLED;
+		}
+	}
+	enumerator->destroy(enumerator);
+	return all == 1 && leading == 1;
+}
+
+/** Both sides rekey at once, and one of the requests is refused: the CHILD_SA that
+ *  the other one made carries the packets of both. */
+static void collisions(void)
+{
+	world_pair_t pair;
+	u_int nth;
+
+	for (nth = 1; nth <= 2; nth++)
+	{
+		reset();
+		check(world_pair(&pair, "link"), "no IKE_SAs");
+		world_initiate(&pair);
+		reset();
+		peer_script(QI_BIND, nth, ACT_REFUSE);
+		rekey(pair.init);
+		rekey(pair.resp);
+		world_deliver(&pair);
+		check(world_logged("while it refused our own rekeying"),
+			  "BIND %u of a collision refused: charon's care was enough", nth);
+		check(sends(pair.init) && sends(pair.resp),
+			  "BIND %u of a collision refused: %u and %u CHILD_SAs, they send: %u and %u",
+			  nth, world_children(pair.init), world_children(pair.resp),
+			  sends(pair.init), sends(pair.resp));
+		world_end(&pair);
+	}
+	group("a collision of which one request is refused");
+}
+
 /** Whether a nonce carries a Key-ID depends on whose request it is for, not on
  *  whose message is being handled. */
 static void roles(void)
@@ -791,6 +983,7 @@ static void fit(void)
 	group("start");
 	all_steps();
 	rekeys();
+	collisions();
 	roles();
 	messages();
 	confirmations();
@@ -845,6 +1038,7 @@ int main(int argc, char *argv[])
 		{ "fit", fit, KERNEL_POLICY_SPI, "mgmt, stock" },
 		{ "unfit", unfit, 0, "stock" },
 		{ "other-build", other_build, KERNEL_POLICY_SPI, NULL },
+		{ "limits", limits, KERNEL_POLICY_SPI, NULL },
 		{ "hang", NULL, KERNEL_POLICY_SPI, NULL },
 	};
 	uint64_t start;
@@ -860,6 +1054,10 @@ int main(int argc, char *argv[])
 		if (!streq(argv[1], modes[i].name))
 		{
 			continue;
+		}
+		if (modes[i].run == limits)
+		{
+			world_patience = 1;
 		}
 		peer_reset();
 		peer_script(QI_HELLO, 0, modes[i].run ? ACT_GOOD : ACT_LATE);

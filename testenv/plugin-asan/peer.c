@@ -31,7 +31,7 @@ const char *const act_names[] = {
 	"7 bytes", "too large", "wrong magic", "wrong ABI", "refused in another ABI",
 	"header's zero byte set", "noise", "of another request", "late", "no TLVs",
 	"TLV header cut off", "last TLV cut off", "TLV beyond the end",
-	"TLVs too short", "TLVs too long", "mutated",
+	"TLVs too short", "TLVs too long", "mutated", "slow",
 };
 
 struct peer_setup peer_setup;
@@ -366,6 +366,10 @@ static uint8_t serve(int fd)
 	if (act == ACT_LATE)
 	{
 		poll(&gone, 1, 4000);
+	}
+	else if (act == ACT_SLOW)
+	{
+		poll(&gone, 1, peer_setup.slow[kind]);
 	}
 	send(fd, f.b, f.len, MSG_NOSIGNAL);
 	if (act == ACT_DOUBLE)

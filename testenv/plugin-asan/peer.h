@@ -40,6 +40,7 @@ typedef enum {
 	ACT_LONGER,        /**< every TLV one byte longer */
 	ACT_ALL,
 	ACT_MUTATE = ACT_ALL, /**< some bytes changed or cut off at random */
+	ACT_SLOW,          /**< good, after peer_setup.slow ms of its kind */
 } act_t;
 
 extern const char *const act_names[];
@@ -50,6 +51,8 @@ extern struct peer_setup {
 	bool key;
 	/** ADD is answered with USE_KEY */
 	bool use_key;
+	/** in ms, indexed by kind of request */
+	int slow[256];
 } peer_setup;
 
 /** Text of ACT_REFUSE; bytes of the keys of USE_KEY. */

@@ -17,6 +17,7 @@
 #define PLUGINS "random nonce openssl hmac kdf qipsec"
 #define LOG_SIZE 65536
 
+int world_patience = 2;
 struct world_kernel world_kernel;
 void (*world_tamper)(chunk_t packet, bool request);
 struct world_notify world_notify;
@@ -238,7 +239,8 @@ bool world_start(char *socket, char *off, kernel_feature_t features)
 	lib->settings->set_str(lib->settings, "%s.plugins.qipsec.socket", socket,
 						   lib->ns);
 	/* a machine busy with other tests is not late yet */
-	lib->settings->set_int(lib->settings, "%s.plugins.qipsec.patience", 2, lib->ns);
+	lib->settings->set_int(lib->settings, "%s.plugins.qipsec.patience", world_patience,
+						   lib->ns);
 	/* a rekeyed CHILD_SA goes at once */
 	lib->settings->set_int(lib->settings, "%s.delete_rekeyed_delay", 0, lib->ns);
 	lib->settings->set_str(lib->settings, "%s.plugins.qipsec.off", off, lib->ns);

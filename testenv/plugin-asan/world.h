@@ -39,6 +39,9 @@ extern struct world_notify {
 	size_t len;
 } world_notify;
 
+/** Setting patience for world_start(); above 1 because sanitisers are slow. */
+extern int world_patience;
+
 /** Starts charon with the plugin: socket, setting off, features of the kernel. */
 bool world_start(char *socket, char *off, kernel_feature_t features);
 
