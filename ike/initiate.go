@@ -80,7 +80,9 @@ func (m *Manager) start(ctx context.Context, l *link) {
 				return
 			}
 		}
+		m.mu.Lock()
 		l.tried(w, time.Now(), m.t)
+		m.mu.Unlock()
 	}
 }
 
@@ -97,7 +99,7 @@ func (m *Manager) begin(l *link, now time.Time) []childName {
 	})
 }
 
-// tried puts the next initiation of a child off.
+// tried puts the next initiation of a child off; m.mu is held.
 func (l *link) tried(w childName, now time.Time, t timing) {
 	r := l.next[w]
 	wait := min(t.retryMin<<min(r.try, 10), t.retryMax)

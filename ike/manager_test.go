@@ -839,3 +839,33 @@ func TestManagerRealCharon(t *testing.T) {
 		t.Errorf("%d connections not loaded:\n%s", n, s.log)
 	}
 }
+
+// What the operator has set up, the owner loop does not set up as well: that would take
+// a second key.
+func TestManagerInitiatesOnce(t *testing.T) {
+	s := newSite(t, nil)
+	s.Manager.t.retryMin, s.Manager.t.retryMax = 10*time.Second, 10*time.Second
+	s.connects(ours)
+	s.hello("5.9.8")
+	s.run()
+	eventually(t, "up", s.is("link", StateUp))
+	if err := s.Terminate(t.Context(), "link"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "down", s.is("link", StateDown))
+	before := len(s.charon.Calls("initiate"))
+	s.charon.Lock()
+	connect := s.charon.OnInitiate
+	s.charon.OnInitiate = func(conn, child string) {
+		time.Sleep(200 * time.Millisecond) // in which it is not listed yet
+		connect(conn, child)
+	}
+	s.charon.Unlock()
+	if err := s.Initiate(t.Context(), "link"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "up again", s.is("link", StateUp))
+	if n := len(s.charon.Calls("initiate")) - before; n != 1 {
+		t.Errorf("%d initiations", n)
+	}
+}

@@ -330,6 +330,12 @@ func (m *Manager) Initiate(ctx context.Context, name string) error {
 			up[ch.Name] = up[ch.Name] || ike.Conn == name && ch.Carries()
 		}
 	}
+	m.mu.Lock()
+	for _, ch := range c.Children {
+		// Not by the owner loop too, which would take a second key for it.
+		l.next[childName{name, ch.Name}] = retry{at: time.Now().Add(m.t.retryMin)}
+	}
+	m.mu.Unlock()
 	m.hold(name, false)
 	m.commanded(name, "be set up")
 	var errs []error
