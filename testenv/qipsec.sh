@@ -164,19 +164,28 @@ agree() {
 agree_both() { await 10 agree a && await 10 agree b; }
 
 # ping_start NAME ARGS... / ping_end NAME: from ha to hb, or $ping_to; sets sent and lost.
+# What is behind the last answer is on its way, and lost only if that came ${ping_way:-2} s
+# before the end, or earlier.
 declare -A ping_of=()
 ping_start() {
     local name=$1
     shift
     # its own process, not a function's subshell: SIGINT must reach ping itself
-    nsenter --net=/run/netns/ha ping -q -W 2 "$@" "${ping_to:-10.2.0.2}" >"$GW/a/log/ping-$name.log" &
+    nsenter --net=/run/netns/ha ping -D -W 2 "$@" "${ping_to:-10.2.0.2}" >"$GW/a/log/ping-$name.log" &
     ping_of[$name]=$!
 }
 ping_end() {
     kill -INT "${ping_of[$1]}"
     wait "${ping_of[$1]}"
-    sent=$(awk '/packets transmitted/ { print $1 }' "$GW/a/log/ping-$1.log")
-    lost=$(awk '/packets transmitted/ { print $1 - $4 }' "$GW/a/log/ping-$1.log")
+    read -r sent lost < <(awk -v end="$EPOCHREALTIME" -v way="${ping_way:-2}" '
+        /bytes from/ && !/DUP/ {
+            got++
+            at = substr($1, 2) + 0
+            split($0, seq, "icmp_seq=")
+            if (seq[2] + 0 > last) last = seq[2] + 0
+        }
+        /packets transmitted/ { sent = $1 }
+        END { print sent + 0, last - got + (end - at > way ? sent - last : 0) }' "$GW/a/log/ping-$1.log")
 }
 
 # held: NODE/DAEMON RSS FDS of each, kB and a count.
