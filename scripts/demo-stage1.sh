@@ -6,8 +6,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 umask 022 # the daemons take no config that others can change
 d=$(mktemp -d)
-a=127.0.82.1
-b=127.0.82.2
+# Addresses by the process number, so that two demos can run at once.
+net=127.$((64 + $$ / 256 % 64)).$(($$ % 256))
+a=$net.1
+b=$net.2
 pids=()
 
 finish() {
