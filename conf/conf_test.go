@@ -703,7 +703,7 @@ func TestFeederUID(t *testing.T) {
 }
 
 func FuzzParseNode(f *testing.F) {
-	f.Add(bare(f))
+	f.Add(bare(f, "qipsecd.toml"))
 	f.Add([]byte("[node]\nname = \"a\"\n[kms]\n[[kms.sae]]\n[ipsec]\n[[ipsec.connection]]\n[[ipsec.connection.child]]\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		n, err := ParseNode("f", "/", b)

@@ -57,11 +57,11 @@ func TestProtected(t *testing.T) {
 	}
 }
 
-// bare is the sample without its comments: the fuzzer spends its time on what means
+// bare is a sample without its comments: the fuzzer spends its time on what means
 // something.
-func bare(tb testing.TB) []byte {
+func bare(tb testing.TB, name string) []byte {
 	tb.Helper()
-	b, err := os.ReadFile("qipsecd.toml")
+	b, err := os.ReadFile(name)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -69,8 +69,8 @@ func bare(tb testing.TB) []byte {
 }
 
 func FuzzProtected(f *testing.F) {
-	f.Add(bare(f))
-	f.Add([]byte("[ipsec]\nconnection = [{child = [{remote_ts = [\"0.0.0.0/0\", \"::ffff:1.2.3.4\"], if_id_out = 1}]}]"))
+	f.Add(bare(f, "qipsecd.toml"))
+	f.Add([]byte("[ipsec]\nconnection = [{child = [{remote_ts = [\"0.0.0.0/0\", \"::ffff:1.2.3.4\", \"10.2.0.9/24\"], if_id_out = 1}]}]"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		p, err := parseProtected("/", b)
 		for _, r := range slices.Concat(p.Remotes, p.Routed) {

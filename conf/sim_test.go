@@ -147,6 +147,7 @@ func TestLoadSimChecksFiles(t *testing.T) {
 }
 
 func FuzzParseSim(f *testing.F) {
+	f.Add(bare(f, "qkdsim.toml"))
 	f.Add([]byte("[pair]\nid = \"x\""))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if s, err := ParseSim("x", "/", b); (s == nil) == (err == nil) {

@@ -123,12 +123,17 @@ func (c *Client) call(ctx context.Context, method, path string, q url.Values, in
 	if len(b) > maxAnswer {
 		return fmt.Errorf("operator: the answer is larger than %d bytes", maxAnswer)
 	}
-	if resp.StatusCode != http.StatusOK {
+	return decodeAnswer(resp.StatusCode, b, into)
+}
+
+// decodeAnswer reads the answer b with that status into what the call gives.
+func decodeAnswer(status int, b []byte, into any) error {
+	if status != http.StatusOK {
 		var p problem
 		if json.Unmarshal(b, &p) != nil || p.Detail == "" {
-			p.Detail = resp.Status
+			p.Detail = fmt.Sprintf("%d %s", status, http.StatusText(status))
 		}
-		if resp.StatusCode == http.StatusNotFound {
+		if status == http.StatusNotFound {
 			return fmt.Errorf("%s: %w", strings.TrimSuffix(p.Detail, ": "+ErrNotFound.Error()), ErrNotFound)
 		}
 		return errors.New(p.Detail)

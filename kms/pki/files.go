@@ -99,6 +99,11 @@ func Pool(name string) (*x509.CertPool, error) {
 	if err != nil {
 		return nil, err
 	}
+	return parsePool(name, b)
+}
+
+// parsePool reads the text of the trust file name.
+func parsePool(name string, b []byte) (*x509.CertPool, error) {
 	pool, n := x509.NewCertPool(), 0
 	for {
 		var block *pem.Block
