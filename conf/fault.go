@@ -118,6 +118,21 @@ func span(lo, hi time.Duration) func(string) (time.Duration, error) {
 	}
 }
 
+// spanOrNone is span that also takes 0, for none.
+func spanOrNone(lo, hi time.Duration) func(string) (time.Duration, error) {
+	parse := span(lo, hi)
+	return func(s string) (time.Duration, error) {
+		if d, err := time.ParseDuration(s); err == nil && d == 0 {
+			return 0, nil
+		}
+		d, err := parse(s)
+		if err != nil {
+			err = fmt.Errorf("%w, or 0s for none", err)
+		}
+		return d, err
+	}
+}
+
 // seconds is span for what charon, the kernel or a peer counts in whole seconds: a
 // fraction would be cut without a word.
 func seconds(lo, hi time.Duration) func(string) (time.Duration, error) {

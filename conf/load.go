@@ -26,6 +26,8 @@ const (
 	defaultNoticeTTL      = 5 * time.Minute
 	defaultRatchet        = 10 * time.Minute
 	defaultRatchetKeys    = 100_000
+	defaultStoredAge      = 30 * 24 * time.Hour
+	defaultMaxKeys        = 10_000_000
 	defaultMaxKeyAge      = time.Hour
 	defaultIKERekey       = 4 * time.Hour
 	defaultChildRekey     = 10 * time.Minute
@@ -123,6 +125,8 @@ func (r *reader) kms(raw *rawKMS, tls *rawTLS, self string) *KMS {
 		NoticeTTL:       parse(r, "kms.notice_ttl", raw.NoticeTTL, defaultNoticeTTL, seconds(time.Second, time.Hour)),
 		RatchetInterval: parse(r, "kms.ratchet_interval", raw.RatchetInterval, defaultRatchet, span(time.Second, defaultRatchet)),
 		RatchetKeys:     int(r.number("kms.ratchet_keys", raw.RatchetKeys, defaultRatchetKeys, 1, defaultRatchetKeys)),
+		MaxKeyAge:       parse(r, "kms.max_key_age", raw.MaxKeyAge, defaultStoredAge, spanOrNone(time.Minute, 10*365*24*time.Hour)),
+		MaxKeys:         int(r.number("kms.max_keys", raw.MaxKeys, defaultMaxKeys, 0, 1<<40)),
 		RetryWindow:     parse(r, "kms.retry_window", raw.RetryWindow, 0, span(0, time.Minute)),
 		Reserve:         int(r.number("kms.reserve", raw.Reserve, 0, 0, 1<<16)),
 	}

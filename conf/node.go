@@ -49,8 +49,10 @@ type KMS struct {
 	NoticeTTL       time.Duration // how long the slave SAE has to fetch a supplied key
 	RatchetInterval time.Duration // at most this long a destroyed key's data key lives
 	RatchetKeys     int           // nor for more than so many leased keys
+	MaxKeyAge       time.Duration // keys on disk for longer expire unused; 0: never
+	MaxKeys         int           // most keys of a pool on disk: the oldest expire; 0: any number
 	RetryWindow     time.Duration // an identical dec_keys is answered again for so long; 0 is the standard
-	Reserve         int           // keys per peer node that only IPsec SAEs may have
+	Reserve         int           // keys per peer node that only IPsec SAEs may have, and that are not given to it
 
 	Peers []Peer
 	Pairs []Pair

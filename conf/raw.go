@@ -49,6 +49,8 @@ type rawKMS struct {
 	NoticeTTL       string    `toml:"notice_ttl"`
 	RatchetInterval string    `toml:"ratchet_interval"`
 	RatchetKeys     *int64    `toml:"ratchet_keys"`
+	MaxKeyAge       string    `toml:"max_key_age"`
+	MaxKeys         *int64    `toml:"max_keys"`
 	RetryWindow     string    `toml:"retry_window"`
 	Reserve         *int64    `toml:"reserve"`
 	Peer            []rawPeer `toml:"peer"`

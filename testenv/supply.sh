@@ -68,17 +68,15 @@ shortest() {
         awk '{ now = ($1 * 60 + $2) * 60 + $3; if ($4 in last) { gap = (now - last[$4] + 86400) % 86400; if (!n++ || gap < least) least = gap }; last[$4] = now } END { print n ? least : 0 }'
 }
 
-# take N OTHER: transmission devices take N's keys but for half of the reserve.
+# take N OTHER: transmission devices take N's keys, and what the other node gives it
+# meanwhile, but for half of the reserve.
 take() {
     local pki=$GW/$1/run/etc/pki address=198.51.100.1 left number
     [ "$1" = a ] || address=198.51.100.2
-    left=$(qipsec "$1" keys --json | awk -F'[:,]' '/"(own_active|leased)":/ { n += $2 } END { print n }')
-    left=$((left - reserve / 2))
-    while [ "$left" -gt 0 ]; do
+    while left=$(qipsec "$1" keys --json | awk -F'[:,]' '/"(own_active|leased)":/ { n += $2 } END { print n }') && left=$((left - reserve / 2)) && [ "$left" -gt 0 ]; do
         number=$((left < 128 ? left : 128))
         node "$1" "$BIN/qipsec" sae get-key --url "https://$address:8442" --peer "$2-te" --number "$number" \
             --ca "$pki/sae-ca.crt" --cert "$pki/saes/$1-te.crt" --key "$pki/saes/$1-te.key" >/dev/null 2>>"$GW/$1/log/te.log" || return
-        left=$((left - number))
     done
 }
 

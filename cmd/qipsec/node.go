@@ -191,9 +191,9 @@ func printPools(a *app, pools []operator.Pool) error {
 		if p.Device != nil {
 			link = fmt.Sprintf("%s, QBER %.1f %%, %.0f bit/s", p.Device.State, p.Device.QBER*100, p.Device.Rate)
 		}
-		rows[i] = []string{p.Peer, p.ID.String(), p.Role, p.Class, strconv.Itoa(p.Active), strconv.Itoa(p.OwnActive), strconv.Itoa(p.Leased), strconv.Itoa(p.Received), synced, link}
+		rows[i] = []string{p.Peer, p.ID.String(), p.Role, p.Class, strconv.Itoa(p.Active), strconv.Itoa(p.OwnActive), strconv.Itoa(p.Leased), strconv.Itoa(p.Received), synced, (time.Duration(p.OldestS) * time.Second).String(), link}
 	}
-	return table(a.out, "PEER POOL ROLE CLASS ACTIVE OURS LEASED RECEIVED SYNCED LINK", rows)
+	return table(a.out, "PEER POOL ROLE CLASS ACTIVE OURS LEASED RECEIVED SYNCED OLDEST LINK", rows)
 }
 
 func printHistory(a *app, list []operator.Usage) error {

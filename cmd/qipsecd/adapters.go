@@ -53,6 +53,11 @@ func (s storeForKMA) AdoptMark(ctx context.Context, pool uuid.UUID, side kma.Sid
 	return s.Store.AdoptMark(ctx, pool, store.Side(side), mark)
 }
 
+// Expire gives keys up that are too old or too many.
+func (s storeForKMA) Expire(ctx context.Context, pool uuid.UUID, side kma.Side, mark key.Position, generation uint64) (int, error) {
+	return s.Store.Expire(ctx, pool, store.Side(side), mark, generation)
+}
+
 // Load reads a lease; the caller owns the Materials.
 func (s storeForKMA) Load(ctx context.Context, pool uuid.UUID, side kma.Side, from, to key.Position) ([]kma.LeasedKey, error) {
 	list, err := s.Store.Load(ctx, pool, store.Side(side), from, to)

@@ -101,7 +101,7 @@ func newKMA(ctx context.Context, c *conf.KMS, st *store.Store, clients map[strin
 	o := kma.Options{
 		Store: storeForKMA{st}, Peers: map[string]kma.Peer{}, Log: log.With("part", "kma"), Events: r.source("kma"),
 		IntakeInterval: c.IntakeInterval, LeaseSize: c.Lease, RatchetInterval: c.RatchetInterval, RatchetKeys: c.RatchetKeys,
-		Reserve: c.Reserve,
+		Reserve: c.Reserve, MaxKeyAge: c.MaxKeyAge, MaxKeys: c.MaxKeys,
 	}
 	for name, cl := range clients {
 		o.Peers[name] = cl

@@ -135,6 +135,15 @@ func (o *operatorKeys) Pools(ctx context.Context) ([]operator.Pool, error) {
 			NewestSeq: p.NewestSeq, Mark: p.Mark.String(), PeerMark: p.PeerMark.String(),
 		}
 		out[i].Device = o.devices.last(p.ID)
+		blocks, err := o.store.Blocks(ctx, p.ID)
+		if err != nil {
+			return nil, err
+		}
+		for _, b := range blocks {
+			if b.Left > 0 {
+				out[i].OldestS = max(out[i].OldestS, int64(b.Age/time.Second))
+			}
+		}
 		// A pool that is in the store and no more in the config has no level.
 		if l, err := o.kma.Level(p.Peer); err == nil {
 			out[i].Leased, out[i].Synced = l.Leased, l.Synced

@@ -89,6 +89,7 @@ func defaults(o *Options) {
 	set(&o.SilentAfter, 5*time.Second)
 	set(&o.ValidateEvery, time.Second)
 	set(&o.NoticeLife, 2*time.Hour)
+	set(&o.ExpireEvery, time.Minute)
 	set(&o.RatchetInterval, 10*time.Minute)
 	setInt(&o.MaxFileSize, keyfile.DefaultMaxSize)
 	setInt(&o.MaxRefused, 1000)

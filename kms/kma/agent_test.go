@@ -127,8 +127,10 @@ func (l *ledger) drain(n *node) (count int) {
 		for {
 			k, err := l.take(l.w.t.Context(), n)
 			if err != nil {
-				lv, err := n.cur.Load().agent.Level(l.w.other(n).name)
-				return err == nil && lv.Active == 0 && lv.Leased == 0
+				p := n.cur.Load().agent.pools[pairID]
+				p.mu.Lock()
+				defer p.mu.Unlock()
+				return p.synced && p.active == 0 && len(p.own) == 0 && !p.leasing
 			}
 			if n.role.Owns(k.Position) {
 				count++

@@ -80,6 +80,9 @@ type Options struct {
 	SilentAfter     time.Duration // failures in a row for that long are reported; default 5 s
 	ValidateEvery   time.Duration // how often the master asks again for what the slave lacks; default 1 s
 	NoticeLife      time.Duration // longer than any supply notice lives; default 2 h
+	MaxKeyAge       time.Duration // keys that are on disk for longer expire unused; default 0, never
+	MaxKeys         int           // most keys of a pool on disk, of which half are either node's: the oldest expire; default 0, any number
+	ExpireEvery     time.Duration // how often the ages are looked at; default 1 min
 	RatchetInterval time.Duration // default 10 min
 	RatchetKeys     int           // ratchet after that many leased keys, too; default 100,000
 	Reserve         int           // keys of each peer's pools that this node does not give away, and asks for if it has fewer; default none
@@ -124,6 +127,7 @@ type Store interface {
 	NextLease(ctx context.Context, pool uuid.UUID, most int) (mark key.Position, n int, err error)
 	Advance(ctx context.Context, pool uuid.UUID, side Side, mark key.Position, purpose string, generation uint64) error
 	AdoptMark(ctx context.Context, pool uuid.UUID, side Side, mark key.Position) (int, error)
+	Expire(ctx context.Context, pool uuid.UUID, side Side, mark key.Position, generation uint64) (int, error)
 	Load(ctx context.Context, pool uuid.UUID, side Side, from, to key.Position) ([]LeasedKey, error)
 	Record(ctx context.Context, e []History) error
 	Ratchet(ctx context.Context) error
@@ -167,6 +171,7 @@ type BlockInfo struct {
 	Algorithm  string
 	Bytes      int
 	NoPad      bool
+	Age        time.Duration // since it was taken in, by a clock that never goes back
 }
 
 // LeasedKey is one key that Load moved to memory.

@@ -60,6 +60,14 @@ func (s *wiredStore) Advance(ctx context.Context, pool uuid.UUID, side Side, mar
 	return err
 }
 
+func (s *wiredStore) Expire(ctx context.Context, pool uuid.UUID, side Side, mark key.Position, generation uint64) (int, error) {
+	who := map[Side]string{Own: "its", Other: "the owner's"}[side]
+	s.wire.at(type1.PurposeExpired, "before "+who+" mark")
+	n, err := s.Store.Expire(ctx, pool, side, mark, generation)
+	s.wire.at(type1.PurposeExpired, "after "+who+" mark")
+	return n, err
+}
+
 func (s *wiredStore) Load(ctx context.Context, pool uuid.UUID, side Side, from, to key.Position) ([]LeasedKey, error) {
 	keys, err := s.Store.Load(ctx, pool, side, from, to)
 	if l := s.last.Load(); l != nil {
@@ -87,6 +95,7 @@ func crashAt(t *testing.T, purpose, step string, victims []string, load func(w *
 	wire := newTripwire(purpose, step)
 	w := newWorld(t, func(o *Options) {
 		o.Store = &wiredStore{Store: o.Store, wire: wire}
+		o.MaxKeyAge, o.ExpireEvery = time.Hour, 5*time.Millisecond
 		for name, p := range o.Peers {
 			o.Peers[name] = wiredPeer{p, wire}
 		}
@@ -115,6 +124,9 @@ func crashAt(t *testing.T, purpose, step string, victims []string, load func(w *
 	case <-wire.hit:
 	case <-time.After(20 * time.Second):
 		t.Fatalf("no lease of that kind\na: %s\nb: %s", w.describe(w.a), w.describe(w.b))
+	}
+	for _, n := range []*node{w.a, w.b} {
+		n.age(0)
 	}
 	for i, n := range dead {
 		n.cur.CompareAndSwap(procs[i], nil)

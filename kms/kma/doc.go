@@ -39,6 +39,13 @@
 // position therefore goes by owner, too: floors, BURN, sweep and what may be put
 // back. docs/model.md has the rules, decision 0009 who gives how much.
 //
+// # Expiry
+//
+// The owner of a key decides alone when it is too old, or one too many, and raises
+// its mark past it by a lease that neither side reads (Options.MaxKeyAge, MaxKeys).
+// What was leased before is not taken back. Blocks that were never validated expire
+// at either side by themselves.
+//
 // # Locks
 //
 // Each pool has a turn and a mutex.

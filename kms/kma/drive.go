@@ -18,12 +18,18 @@ func (p *pool) drive(ctx context.Context) {
 	defer p.dropPending()
 	pause := p.a.o.RetryMin
 	var bad failing
-	swept := time.Now()
+	swept, expired := time.Now(), time.Now()
 	for ctx.Err() == nil {
 		now := time.Now()
 		if now.Sub(swept) > sweepEvery {
 			swept = now
 			p.sweep(ctx, now)
+		}
+		if now.Sub(expired) > p.a.o.ExpireEvery {
+			expired = now
+			if err := p.expireReceived(ctx); err != nil && ctx.Err() == nil {
+				p.log.Error("keys that were never validated could not be expired; it is tried again", "err", err)
+			}
 		}
 		p.mu.Lock()
 		p.usage.turn(now)

@@ -87,6 +87,12 @@ func (p *pool) openLease(ctx context.Context) error {
 		return err
 	}
 	defer p.release()
+	if n, why, err := p.overdue(ctx); err != nil || n > 0 {
+		if err != nil {
+			return err
+		}
+		return p.expire(ctx, n, why)
+	}
 	purpose, size := p.due()
 	if purpose == "" {
 		return nil
@@ -191,7 +197,7 @@ func (p *pool) publish(l *lease, keys []LeasedKey) bool {
 		return false
 	}
 	p.own = append(p.own, keys...)
-	if l.given == nil {
+	if l.req.Purpose == type1.PurposeSupply {
 		p.grow()
 	}
 	return true
@@ -258,6 +264,13 @@ func (p *pool) onLease(ctx context.Context, r type1.LeaseRequest) (type1.LeaseRe
 	// From here on to the end, even if the owner hangs up: its repeat would find
 	// the mark and no keys, and the lease would be burned.
 	ctx = context.WithoutCancel(ctx)
+	if r.Purpose == type1.PurposeExpired {
+		if err := p.onExpired(ctx, r); err != nil {
+			return none, err
+		}
+		p.lastAfter, p.lastLease, p.lastMissing = after, mark, nil
+		return type1.LeaseResponse{Mark: r.Mark}, nil
+	}
 	if err := store.Advance(ctx, p.ID, Other, mark, r.Purpose, r.Generation); err != nil {
 		return none, fmt.Errorf("kma: peer's lease up to %s: %w", mark, err)
 	}
@@ -294,6 +307,9 @@ func (p *pool) checkBlocks(ctx context.Context, r type1.LeaseRequest, after, mar
 		if _, ok := slices.BinarySearch(r.Seqs, b.Seq); ok && b.State == key.Received {
 			return &type1.Problem{Code: type1.NotValidated, Detail: fmt.Sprintf("seq %d is not validated here yet", b.Seq)}
 		}
+	}
+	if r.Purpose == type1.PurposeExpired {
+		return nil
 	}
 	if keys > p.a.o.MaxHeld {
 		return &type1.Problem{Code: type1.Conflict, Detail: fmt.Sprintf("a lease of %d keys is more than this node holds, %d", keys, p.a.o.MaxHeld)}

@@ -32,6 +32,7 @@ type pool struct {
 	pending *lease    // announced, not acknowledged yet
 	tell    []uint64  // seqs whose proof by the slave was wrong
 	ask     time.Time // before it, do not ask again for what the slave lacks
+	agesAt  time.Time // before it, do not look at the ages of our keys again
 
 	// With the turn.
 	generation  uint64       // of our store's start, as this pool's peer is told it

@@ -192,8 +192,13 @@ func (s *slave) verdicts(t *testing.T, blocks ...Block) []type1.Verdict {
 
 func (s *slave) lease(t *testing.T, after, mark key.Position, seqs ...uint64) (type1.LeaseResponse, error) {
 	t.Helper()
+	return s.leaseFor(t, type1.PurposeSupply, after, mark, seqs...)
+}
+
+func (s *slave) leaseFor(t *testing.T, purpose string, after, mark key.Position, seqs ...uint64) (type1.LeaseResponse, error) {
+	t.Helper()
 	return s.ag.Lease(t.Context(), "a", type1.LeaseRequest{
-		Pool: pairID, Link: s.link(), Generation: 5, Purpose: type1.PurposeSupply,
+		Pool: pairID, Link: s.link(), Generation: 5, Purpose: purpose,
 		After: type1.Position(after), Mark: type1.Position(mark), Floor: type1.Position(after), Seqs: seqs,
 	})
 }

@@ -117,6 +117,7 @@ func (p *pool) syncOnce(ctx context.Context) error {
 		return errChanged
 	}
 	p.burnDue, p.synced = false, true
+	p.agesAt = time.Time{}
 	p.changed()
 	p.log.Info("synchronised with the peer", "mark", upTo, "peer_mark", key.Position(resp.Mark))
 	return nil

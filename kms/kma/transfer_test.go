@@ -166,10 +166,7 @@ func TestUsage(t *testing.T) {
 // give sends the slave a transfer of the master's keys.
 func (s *slave) give(t *testing.T, after, mark key.Position, seqs ...uint64) (type1.LeaseResponse, error) {
 	t.Helper()
-	return s.ag.Lease(t.Context(), "a", type1.LeaseRequest{
-		Pool: pairID, Link: s.link(), Generation: 5, Purpose: type1.PurposeTransfer,
-		After: type1.Position(after), Mark: type1.Position(mark), Floor: type1.Position(after), Seqs: seqs,
-	})
+	return s.leaseFor(t, type1.PurposeTransfer, after, mark, seqs...)
 }
 
 // takeAll takes what there is, without waiting, and gives it by index.
@@ -273,7 +270,7 @@ func TestFloorsByOwner(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if f := p.usedUpTo(key.Slave, key.At(1, 1)); f != key.At(1, 1) {
+	if f := p.usedUpTo(key.Slave, key.At(1, 9)); f != key.At(1, 9) {
 		t.Errorf("given keys lower the floor of ours to %s", f)
 	}
 	r, err := p.openWant(t.Context())

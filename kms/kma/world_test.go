@@ -40,6 +40,7 @@ var (
 type inventory struct {
 	*store.Store
 	dead atomic.Bool
+	aged atomic.Int64 // what every block is older than the store says
 }
 
 var errDead = errors.New("the process was killed")
@@ -78,6 +79,7 @@ func (i *inventory) Blocks(ctx context.Context, pool uuid.UUID) ([]BlockInfo, er
 	out := make([]BlockInfo, len(list))
 	for n := range list {
 		out[n] = BlockInfo(list[n])
+		out[n].Age += time.Duration(i.aged.Load())
 	}
 	return out, err
 }
@@ -115,6 +117,13 @@ func (i *inventory) AdoptMark(ctx context.Context, pool uuid.UUID, side Side, ma
 		return 0, err
 	}
 	return i.Store.AdoptMark(ctx, pool, store.Side(side), mark)
+}
+
+func (i *inventory) Expire(ctx context.Context, pool uuid.UUID, side Side, mark key.Position, generation uint64) (int, error) {
+	if err := i.alive(); err != nil {
+		return 0, err
+	}
+	return i.Store.Expire(ctx, pool, store.Side(side), mark, generation)
 }
 
 func (i *inventory) Load(ctx context.Context, pool uuid.UUID, side Side, from, to key.Position) ([]LeasedKey, error) {

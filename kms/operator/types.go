@@ -38,6 +38,7 @@ type Pool struct {
 	Leased    int       `json:"leased"`     // ours, in memory, ready to supply
 	Synced    bool      `json:"synced"`     // the peer has confirmed where both stand
 	NewestSeq uint64    `json:"newest_seq"` // of the newest QKD-Key file
+	OldestS   int64     `json:"oldest_s"`   // age of the oldest key on disk, in seconds
 	Mark      string    `json:"mark"`       // seq/index up to which our keys are leased
 	PeerMark  string    `json:"peer_mark"`  // likewise the peer's keys
 	Device    *Device   `json:"device,omitempty"`

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/google/uuid"
@@ -48,6 +49,7 @@ type BlockInfo struct {
 	Algorithm  string
 	Bytes      int
 	NoPad      bool
+	Age        time.Duration // since PutBlock, by the store's clock
 }
 
 func (b *Block) check() error {
@@ -101,7 +103,7 @@ func (s *Store) PutBlock(ctx context.Context, b Block) error {
 	}
 	h := &header{
 		pool: b.Pool, seq: b.Seq, state: key.Received, class: b.Class, noPad: b.NoPad, count: len(b.IDs), bytes: b.Bytes,
-		algorithm: b.Algorithm, tagM: b.TagM, tagS: b.TagS, digest: b.Digest, generation: s.generation,
+		algorithm: b.Algorithm, tagM: b.TagM, tagS: b.TagS, digest: b.Digest, generation: s.generation, takenIn: s.clock.now(),
 	}
 	k, err := key.Random(rand.Reader, 32)
 	if err != nil {
@@ -139,9 +141,9 @@ func (s *Store) PutBlock(ctx context.Context, b Block) error {
 
 func insertBlock(ctx context.Context, tx *sql.Tx, h *header) error {
 	_, err := tx.ExecContext(ctx, `INSERT INTO block (pool, seq, state, class, no_pad, key_count, byte_count, algorithm, tag_m, tag_s, digest,
-		own_cut, peer_cut, generation, epoch, wrap) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)`,
+		own_cut, peer_cut, generation, epoch, wrap, taken_in) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)`,
 		h.pool[:], int64(h.seq), int64(h.state), int64(h.class), int64(flag(h.noPad)), int64(h.count), int64(h.bytes), h.algorithm,
-		h.tagM[:], h.tagS[:], h.digest[:], int64(h.cut[0]), int64(h.cut[1]), int64(h.generation), int64(h.epoch), h.wrap)
+		h.tagM[:], h.tagS[:], h.digest[:], int64(h.cut[0]), int64(h.cut[1]), int64(h.generation), int64(h.epoch), h.wrap, h.takenIn)
 	return err
 }
 
@@ -323,11 +325,11 @@ func (s *Store) Blocks(ctx context.Context, pool uuid.UUID) ([]BlockInfo, error)
 	if p == nil {
 		return nil, fmt.Errorf("store: pool %s: %w", pool, ErrNoPool)
 	}
-	list := make([]BlockInfo, 0, len(p.blocks))
+	list, now := make([]BlockInfo, 0, len(p.blocks)), s.clock.now()
 	for _, h := range p.blocks {
 		list = append(list, BlockInfo{
 			Seq: h.seq, State: h.state, Class: h.class, Count: h.count, Left: p.alive(h, [2]key.Position{p.info.Mark, p.info.PeerMark}),
-			TagM: h.tagM, TagS: h.tagS, Digest: h.digest, Algorithm: h.algorithm, Bytes: h.bytes, NoPad: h.noPad,
+			TagM: h.tagM, TagS: h.tagS, Digest: h.digest, Algorithm: h.algorithm, Bytes: h.bytes, NoPad: h.noPad, Age: h.age(now),
 		})
 	}
 	return list, ctx.Err()

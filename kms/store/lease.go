@@ -54,22 +54,10 @@ func (s *Store) Advance(ctx context.Context, pool uuid.UUID, side Side, mark key
 	if err != nil {
 		return err
 	}
-	info, old := p.info, p.info.mark(side)
-	what := fmt.Sprintf("%s mark %s of pool %s", side, mark, pool)
-	switch {
-	case mark < old:
-		return fmt.Errorf("store: %s: %w: it is %s", what, ErrBackwards, old)
-	case mark > old && mark.Seq() > info.NewestSeq:
-		return fmt.Errorf("store: %s: %w: the newest seq here is %d", what, ErrAhead, info.NewestSeq)
-	case side == Peer && generation < info.PeerGeneration:
-		return fmt.Errorf("store: %s: %w: %d, known is %d", what, ErrOldGeneration, generation, info.PeerGeneration)
-	}
-	info.setMark(side, mark)
-	if side == Peer {
-		info.PeerGeneration = generation
-	}
-	if info == p.info {
-		return nil
+	old := p.info.mark(side)
+	info, what, err := p.info.advance(side, mark, generation)
+	if err != nil || info == p.info {
+		return err
 	}
 	ev := Event{Side: side, State: key.Leased, First: old + 1, Last: mark, Detail: fmt.Sprintf("%s, generation %d", purpose, generation)}
 	for _, h := range p.blocks {
@@ -78,6 +66,25 @@ func (s *Store) Advance(ctx context.Context, pool uuid.UUID, side Side, mark key
 		}
 	}
 	return s.setMarks(ctx, p, info, what, ev, p.spent)
+}
+
+// advance gives the row with side's mark raised to mark, and words for that.
+func (p PoolInfo) advance(side Side, mark key.Position, generation uint64) (_ PoolInfo, what string, err error) {
+	old := p.mark(side)
+	what = fmt.Sprintf("%s mark %s of pool %s", side, mark, p.ID)
+	switch {
+	case mark < old:
+		return p, what, fmt.Errorf("store: %s: %w: it is %s", what, ErrBackwards, old)
+	case mark > old && mark.Seq() > p.NewestSeq:
+		return p, what, fmt.Errorf("store: %s: %w: the newest seq here is %d", what, ErrAhead, p.NewestSeq)
+	case side == Peer && generation < p.PeerGeneration:
+		return p, what, fmt.Errorf("store: %s: %w: %d, known is %d", what, ErrOldGeneration, generation, p.PeerGeneration)
+	}
+	p.setMark(side, mark)
+	if side == Peer {
+		p.PeerGeneration = generation
+	}
+	return p, what, nil
 }
 
 // AdoptMark gives up, durably, every key of side up to mark that was not read
@@ -99,20 +106,47 @@ func (s *Store) AdoptMark(ctx context.Context, pool uuid.UUID, side Side, mark k
 	if err != nil {
 		return 0, err
 	}
-	info, spent := p.info, p.spent
+	return s.forgo(ctx, p, p.info, side, mark, Event{State: key.Destroyed, Detail: "given up: mark adopted"})
+}
+
+// Expire gives up, durably, every key of side up to mark that was not read yet, as
+// expired: the mark is raised as by Advance, with the same errors, and Load never
+// gives those keys. It gives the number of keys. Repeating a call is no error.
+func (s *Store) Expire(ctx context.Context, pool uuid.UUID, side Side, mark key.Position, generation uint64) (int, error) {
+	if err := side.check(); err != nil {
+		return 0, err
+	}
+	if err := s.acquire(ctx); err != nil {
+		return 0, err
+	}
+	defer s.release()
+	p, err := s.poolOf(pool)
+	if err != nil {
+		return 0, err
+	}
+	info, _, err := p.info.advance(side, mark, generation)
+	if err != nil {
+		return 0, err
+	}
+	return s.forgo(ctx, p, info, side, mark, Event{State: key.Expired, Detail: fmt.Sprintf("expired, generation %d", generation)})
+}
+
+// forgo makes info the pool's row, with side's mark raised to mark if it is lower,
+// and gives up the keys up to there, with ev. It gives their number.
+func (s *Store) forgo(ctx context.Context, p *pool, info PoolInfo, side Side, mark key.Position, ev Event) (int, error) {
+	spent := p.spent
 	if mark > info.mark(side) {
 		info.setMark(side, mark)
 	}
 	if mark <= spent[side.at()] {
 		return 0, nil
 	}
-	burned := 0
 	for _, h := range p.blocks {
-		burned += h.left(p.info.owner(side), spent[side.at()]) - h.left(p.info.owner(side), mark)
+		ev.Count += h.left(info.owner(side), spent[side.at()]) - h.left(info.owner(side), mark)
 	}
-	ev := Event{Side: side, State: key.Destroyed, Count: burned, First: spent[side.at()] + 1, Last: mark, Detail: "given up: mark adopted"}
+	ev.Side, ev.First, ev.Last = side, spent[side.at()]+1, mark
 	spent[side.at()] = mark
-	return burned, s.setMarks(ctx, p, info, fmt.Sprintf("adopt %s mark %s of pool %s", side, mark, pool), ev, spent)
+	return ev.Count, s.setMarks(ctx, p, info, fmt.Sprintf("give up %s keys up to %s of pool %s", side, mark, info.ID), ev, spent)
 }
 
 // setMarks makes info the pool's row and spent what is spent, with ev unless

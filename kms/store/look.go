@@ -41,7 +41,7 @@ func openLook(ctx context.Context, opt Options) (s *Store, l *look, rootErr, err
 	if l, err = eng.look(ctx); err != nil {
 		return nil, nil, nil, err
 	}
-	s = &Store{opt: opt, eng: eng, data: map[uint64]cipher.AEAD{}, pools: map[uuid.UUID]*pool{}, leadership: leadership{deposed: make(chan struct{})}}
+	s = &Store{opt: opt, eng: eng, data: map[uint64]cipher.AEAD{}, pools: map[uuid.UUID]*pool{}, leadership: leadership{deposed: make(chan struct{})}, clock: clock{wall: opt.Now, boot: opt.boot}}
 	s.root, rootErr = s.readRoot()
 	s.w = sql.OpenDB(l.connector)
 	s.w.SetMaxOpenConns(1) // all reads are of one snapshot

@@ -36,6 +36,7 @@ func Open(ctx context.Context, opt Options) (*Store, error) {
 	s := &Store{
 		opt: opt, eng: eng, turn: make(chan struct{}, 1), ratcheting: make(chan struct{}, 1),
 		data: map[uint64]cipher.AEAD{}, pools: map[uuid.UUID]*pool{}, leadership: leadership{deposed: make(chan struct{})},
+		clock: clock{wall: opt.Now, boot: opt.boot},
 	}
 	if err := s.open(ctx); err != nil {
 		return nil, errors.Join(err, s.shut())
@@ -67,6 +68,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.files == nil {
 		o.files = osFiles{}
+	}
+	if o.boot == nil {
+		o.boot = sinceBoot
 	}
 }
 
@@ -165,8 +169,8 @@ func (s *Store) putNode(ctx context.Context, tx *sql.Tx) error {
 		return err
 	}
 	n := &nodeRow{generation: s.generation, epoch: s.epoch, server: s.server, holder: s.holder}
-	return oneRow(tx.ExecContext(ctx, `UPDATE node SET generation = $1, epoch = $2, server = $3, holder = $4, proof = $5 WHERE one = 1`,
-		int64(n.generation), int64(n.epoch), n.server, n.holder, seal(a, nil, nodeAAD(s.uuid, n))))
+	return oneRow(tx.ExecContext(ctx, `UPDATE node SET generation = $1, epoch = $2, server = $3, holder = $4, proof = $5, clock = $6 WHERE one = 1`,
+		int64(n.generation), int64(n.epoch), n.server, n.holder, seal(a, nil, nodeAAD(s.uuid, n)), s.clock.now()))
 }
 
 // nodeRow is the one row that says what the database is.
@@ -237,6 +241,9 @@ func (s *Store) begin(ctx context.Context) error {
 	err := s.transact(ctx, "begin a new generation", func(tx *sql.Tx) (err error) {
 		moved, err := s.takeOver(ctx, tx)
 		if err != nil {
+			return err
+		}
+		if err := s.startClock(ctx, tx); err != nil {
 			return err
 		}
 		if found, err = s.readAll(ctx, tx); err != nil {

@@ -117,7 +117,7 @@ func (s *Store) readPools(ctx context.Context, q querier) (_ map[uuid.UUID]*pool
 
 func (s *Store) readBlocks(ctx context.Context, q querier, pools map[uuid.UUID]*pool) (found []*damage, err error) {
 	rows, err := q.QueryContext(ctx, `SELECT pool, seq, state, class, no_pad, key_count, byte_count, algorithm, tag_m, tag_s, digest,
-		own_cut, peer_cut, generation, epoch, wrap FROM block ORDER BY pool, seq`)
+		own_cut, peer_cut, generation, epoch, wrap, taken_in FROM block ORDER BY pool, seq`)
 	if err != nil {
 		return nil, fmt.Errorf("read blocks: %w", explain(err))
 	}
@@ -126,7 +126,7 @@ func (s *Store) readBlocks(ctx context.Context, q querier, pools map[uuid.UUID]*
 		h := &header{}
 		var id, tagM, tagS, digest []byte
 		if err := rows.Scan(&id, &h.seq, &h.state, &h.class, &h.noPad, &h.count, &h.bytes, &h.algorithm, &tagM, &tagS, &digest,
-			&h.cut[0], &h.cut[1], &h.generation, &h.epoch, &h.wrap); err != nil {
+			&h.cut[0], &h.cut[1], &h.generation, &h.epoch, &h.wrap, &h.takenIn); err != nil {
 			return nil, fmt.Errorf("read blocks: %w: %w", err, ErrDamaged)
 		}
 		copy(h.pool[:], id)

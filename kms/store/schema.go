@@ -24,6 +24,8 @@ var migrations = []migration{
 	{"the tables", tables},
 	{"the node row's server and holder", `ALTER TABLE node ADD COLUMN server TEXT NOT NULL DEFAULT '';
 		ALTER TABLE node ADD COLUMN holder TEXT NOT NULL DEFAULT ''`},
+	{"the ages of blocks", `ALTER TABLE node ADD COLUMN clock BIGINT NOT NULL DEFAULT 0;
+		ALTER TABLE block ADD COLUMN taken_in BIGINT NOT NULL DEFAULT 0`},
 }
 
 // schemaVersion is that of the tables this program reads and writes. A database

@@ -74,6 +74,7 @@ type header struct {
 	generation uint64          // of the start that sealed the boxes
 	epoch      uint64          // of the data key around the block key
 	wrap       []byte          // box of the block key; its associated data is all of the above
+	takenIn    int64           // by the store's clock
 }
 
 func flag(b bool) byte {

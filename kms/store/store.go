@@ -36,7 +36,8 @@ type Options struct {
 	// such as one in a systemd credentials directory. Empty: it is not sealed.
 	RootCredential string
 	Log            *slog.Logger
-	// Now is wall time for history and events; nil is time.Now.
+	// Now is wall time for history, events and, with what was known before, the ages
+	// of keys; nil is time.Now.
 	Now func() time.Time
 	// HistoryRows and EventRows bound the two logs: the oldest rows go. 0 means
 	// 1,000,000 and 10,000.
@@ -44,6 +45,7 @@ type Options struct {
 
 	wrap  func(driver.Connector) driver.Connector // of the connection that writes
 	files rootFiles
+	boot  func() time.Duration // sinceBoot
 }
 
 // Store is a node's inventory. Its methods may be called from several
@@ -74,6 +76,8 @@ type Store struct {
 	holder       string // names this Open in the node row
 	uuid         uuid.UUID
 	sinceRatchet int
+
+	clock clock
 
 	mem   sync.RWMutex // guards pools and stats; written only with turn in hand
 	pools map[uuid.UUID]*pool

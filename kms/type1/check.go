@@ -90,8 +90,10 @@ func (r *LeaseRequest) check() error {
 		return errors.New("type1: lease is empty: mark is not above after")
 	case r.Floor > r.Mark:
 		return errors.New("type1: floor is above mark")
-	case r.Purpose != PurposeSupply && r.Purpose != PurposeTransfer:
+	case r.Purpose != PurposeSupply && r.Purpose != PurposeTransfer && r.Purpose != PurposeExpired:
 		return errors.New("type1: unknown purpose of a lease")
+	case r.Purpose == PurposeExpired && len(r.Seqs) > 0:
+		return errors.New("type1: expired keys are in no block any more")
 	case len(r.Seqs) > MaxLease:
 		return fmt.Errorf("type1: a lease of more than %d blocks", MaxLease)
 	}

@@ -115,7 +115,7 @@ type LeaseRequest struct {
 	Pool uuid.UUID `json:"pool"`
 	Link
 	Generation uint64   `json:"generation"` // of the sender's store
-	Purpose    string   `json:"purpose"`    // PurposeSupply, PurposeTransfer
+	Purpose    string   `json:"purpose"`    // one of those below
 	After      Position `json:"after"`
 	Mark       Position `json:"mark"`
 	Floor      Position `json:"floor"` // every own key up to here has been taken or burned
@@ -126,6 +126,7 @@ type LeaseRequest struct {
 const (
 	PurposeSupply   = "supply"   // the sender supplies the keys to its SAEs
 	PurposeTransfer = "transfer" // the sender gives them up: the receiver does
+	PurposeExpired  = "expired"  // the keys are nobody's any more: neither side reads them, Seqs is empty
 )
 
 // LeaseResponse acknowledges a lease.

@@ -11,7 +11,7 @@
  * RESTORES restarts with an older disk of one node, STALES messages kept by the
  * network and delivered later, any number of times. Parts (-D): M102 (blocks
  * are taken in and validated; otherwise they are there at first), TRANSFER,
- * FLOOR (taken keys that are put back, notices that expire unsent, the sweep).
+ * EXPIRY (keys expire unused), FLOOR (taken keys that are put back, notices that expire unsent, the sweep).
  * With SUPPLY_ONLY only the claims on what is supplied are checked: many a
  * mutation breaks the agreement long before it breaks them. TRANSIT_ONLY leaves
  * of those at GetKey only the ones on transfer and bytes.
@@ -95,7 +95,7 @@ typedef Mem {
 	byte pafter;
 	byte pmark;
 	byte pseqs;
-	bool pgive;    /* its purpose is transfer */
+	byte pgive;    /* its purpose: 0 supply, 1 transfer, 2 expired */
 	byte lafter;   /* lastAfter, lastLease, lastMissing: the peer's last lease */
 	byte llease;
 	byte lmissing;
@@ -141,7 +141,7 @@ typedef Msg {
 	byte act;    /* SYNC: active blocks; LEASE: seqs, answer: missing; VALIDATE: items, answer: agreed */
 	byte rcv;    /* SYNC: received blocks; VALIDATE, answer: mismatch or never */
 	byte newest; /* SYNC */
-	bool give;   /* LEASE: the purpose is transfer */
+	byte give;   /* LEASE: the purpose, as pgive */
 	byte floor;  /* LEASE, WANT */
 };
 Msg cur[2], late[2];
@@ -158,10 +158,11 @@ byte burned[2]; /* keys that BURN destroyed at n */
 byte avail[2];  /* keys that n has with a notice, in this process */
 byte refused[2]; /* SYNCs of n that were answered with a later generation than n's */
 byte transit;   /* keys given up by their owner and not durably taken */
+byte expired;   /* keys that their owner has let expire */
 
 /* The claims. Each is a variable of its own, so that a trail names it. */
 SCRATCH byte once_per_side, one_owner, same_bytes, not_in_transfer, notice_first, burned_stays_gone,
-	noticed_stays, active_on_both_or_neither, leased_on_both_or_neither, stranded_on_both, sync_gets_on;
+	noticed_stays, active_on_both_or_neither, leased_on_both_or_neither, stranded_on_both, sync_gets_on, expired_stays_gone;
 #define CLAIM(name, holds) name = (holds); assert(name)
 
 /* Scratch; not part of a state. */
@@ -207,7 +208,7 @@ inline start(n) {
 	mem[n].inst++;
 	mem[n].pinst = 0; mem[n].pgen = 0; mem[n].named = false; mem[n].synced = false; mem[n].burndue = true; mem[n].changed = false;
 	mem[n].own = 0; mem[n].held = 0;
-	mem[n].pkeys = 0; mem[n].pafter = 0; mem[n].pmark = 0; mem[n].pseqs = 0; mem[n].pgive = false;
+	mem[n].pkeys = 0; mem[n].pafter = 0; mem[n].pmark = 0; mem[n].pseqs = 0; mem[n].pgive = 0;
 	mem[n].lafter = 0; mem[n].llease = 0; mem[n].lmissing = 0;
 	mem[n].issued = 0; mem[n].noticed = 0; mem[n].burned = 0;
 #ifdef FLOOR
@@ -249,7 +250,7 @@ inline say(who, whom) {
 }
 
 /* forget: the lease that is on its way is burned. pool.dropPending */
-inline forget(n) { mem[n].pkeys = 0; mem[n].pafter = 0; mem[n].pmark = 0; mem[n].pseqs = 0; mem[n].pgive = false }
+inline forget(n) { mem[n].pkeys = 0; mem[n].pafter = 0; mem[n].pmark = 0; mem[n].pseqs = 0; mem[n].pgive = 0 }
 
 /* reset: the session ends; our leased keys have no use any more. pool.reset,
  * and what step does with a pending lease of another epoch */
@@ -349,8 +350,9 @@ inline onLease(n) {
 				r_act = h_act & ~BLOCKS(keys);
 				keys = keys & KEYS(h_act);
 				if
-				:: h_give -> mem[n].own = mem[n].own | keys; transit = transit & ~keys
-				:: else -> mem[n].held = mem[n].held | keys
+				:: h_give == 1 -> mem[n].own = mem[n].own | keys; transit = transit & ~keys
+				:: h_give == 2 -> skip /* store.Expire(Other): nothing is read */
+				:: h_give == 0 -> mem[n].held = mem[n].held | keys
 				fi;
 				mem[n].lafter = h_after; mem[n].llease = h_mark; mem[n].lmissing = r_act;
 #ifdef FLOOR
@@ -521,15 +523,16 @@ inline answered(n) {
 		:: h_code == NOTSYNCED -> mem[n].synced = false
 		:: h_code == CONFLICT && !mem[n].changed ->
 			if
-			:: mem[n].pgive -> mem[n].held = mem[n].held & ~mem[n].pkeys
+			:: mem[n].pgive == 1 -> mem[n].held = mem[n].held & ~mem[n].pkeys
 			:: else
 			fi;
 			forget(n)
 		:: h_code == OK && !mem[n].changed ->
 			keys = mem[n].pkeys & KEYS(h_act);
 			if
-			:: mem[n].pgive -> mem[n].held = mem[n].held & ~keys
-			:: else -> mem[n].own = mem[n].own | (mem[n].pkeys & ~keys)
+			:: mem[n].pgive == 1 -> mem[n].held = mem[n].held & ~keys
+			:: mem[n].pgive == 2 -> skip
+			:: mem[n].pgive == 0 -> mem[n].own = mem[n].own | (mem[n].pkeys & ~keys)
 			fi;
 			forget(n);
 			disk[n].act = disk[n].act & ~h_act
@@ -568,7 +571,7 @@ inline openLease(n, giving) {
 	:: keys & 8 -> p = 4
 	fi;
 	keys = keys & UPTO(p);
-	SAY(("%d opens a lease, giving %d, (%d, %d]\n", n, giving, disk[n].mark, p));
+	SAY(("%d opens a lease, purpose %d, (%d, %d]\n", n, giving, disk[n].mark, p));
 	mem[n].pkeys = keys; mem[n].pafter = disk[n].mark; mem[n].pmark = p; mem[n].pseqs = BLOCKS(keys); mem[n].pgive = giving;
 #ifdef FLOOR
 	/* pool.usedUpTo */
@@ -583,9 +586,16 @@ inline openLease(n, giving) {
 #endif
 	if
 #ifdef BUG_USE_WHILE_GIVING
-	:: giving -> mem[n].own = mem[n].own | keys; transit = transit | keys
+	:: giving == 1 -> mem[n].own = mem[n].own | keys; transit = transit | keys
 #else
-	:: giving -> mem[n].held = mem[n].held | keys; transit = transit | keys
+	:: giving == 1 -> mem[n].held = mem[n].held | keys; transit = transit | keys
+#endif
+#ifdef EXPIRY
+#ifdef BUG_EXPIRE_IN_MEMORY
+	:: giving == 2 -> mem[n].own = mem[n].own | keys; expired = expired | keys
+#else
+	:: giving == 2 -> expired = expired | keys; mem[n].pseqs = 0 /* store.Expire(Own) */
+#endif
 #endif
 	:: else
 	fi;
@@ -596,7 +606,7 @@ inline openLease(n, giving) {
 #endif
 #ifdef BUG_HAND_OUT_BEFORE_ACK
 	if
-	:: !giving -> mem[n].own = mem[n].own | keys; mem[n].pkeys = 0
+	:: giving == 0 -> mem[n].own = mem[n].own | keys; mem[n].pkeys = 0
 	:: else
 	fi;
 #endif
@@ -729,10 +739,13 @@ end:
 	:: atomic { disk[n].newest < NB -> /* Agent.intake, store.PutBlock */
 		disk[n].rcv = disk[n].rcv | (1 << disk[n].newest); disk[n].newest++; drop(n); claims() }
 #endif
-	:: atomic { call[n] == IDLE && mem[n].synced && !mem[n].pkeys && (ACTIVE(n) & OF(n)) -> openLease(n, false); sendLease(n); claims() }
+	:: atomic { call[n] == IDLE && mem[n].synced && !mem[n].pkeys && (ACTIVE(n) & OF(n)) -> openLease(n, 0); sendLease(n); claims() }
 	:: atomic { call[n] == IDLE && mem[n].synced && mem[n].pkeys -> sendLease(n); claims() }
+#ifdef EXPIRY
+	:: atomic { call[n] == IDLE && mem[n].synced && !mem[n].pkeys && (ACTIVE(n) & OF(n)) -> openLease(n, 2); sendLease(n); claims() }
+#endif
 #ifdef TRANSFER
-	:: atomic { call[n] == IDLE && mem[n].synced && !mem[n].pkeys && (ACTIVE(n) & OF(n)) -> openLease(n, true); sendLease(n); claims() }
+	:: atomic { call[n] == IDLE && mem[n].synced && !mem[n].pkeys && (ACTIVE(n) & OF(n)) -> openLease(n, 1); sendLease(n); claims() }
 #ifdef FLOOR
 	:: atomic { call[n] == IDLE && mem[n].synced -> sendWant(n); claims() }
 #endif
@@ -765,6 +778,7 @@ end:
 #ifndef TRANSIT_ONLY
 		CLAIM(once_per_side, !(gave[n] & k) && !(got[n] & k));
 		CLAIM(one_owner, !(gave[m] & k));
+		CLAIM(expired_stays_gone, !(expired & k));
 #endif
 		CLAIM(not_in_transfer, !(transit & k));
 		CLAIM(same_bytes, !(KEYS(bad) & k));
@@ -823,7 +837,7 @@ end:
 	:: atomic { restores > 0 && snapof == n ->
 		restores--; snapof = 3; COPYDISK(disk[n], snap);
 		snap.gen = 0; snap.mark = 0; snap.pmark = 0; snap.pgen = 0; snap.newest = 0; snap.rcv = 0; snap.act = 0;
-		transit = transit & ~OF(n);
+		transit = transit & ~OF(n); expired = expired & ~OF(n);
 		start(n); SAY(("%d: the copy of its disk is put back, it starts with generation %d\n", n, disk[n].gen)); claims() }
 	od
 }

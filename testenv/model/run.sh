@@ -27,6 +27,10 @@ restore|quick|-DK=2 -DCRASHES=0 -DSTALES=0 -DRESTORES=1|the disk of one node res
 validate|quick|-DK=2 -DCRASHES=1 -DSTALES=1 -DM102|intake and M102: a crash, a late message, bytes that differ
 floor|quick|-DK=2 -DCRASHES=1 -DSTALES=0 -DFLOOR|put back, notices that expire unsent, the sweep: a crash
 transfer|quick|-DK=2 -DCRASHES=1 -DSTALES=0 -DTRANSFER|transfer: a crash
+expiry|quick|-DK=2 -DCRASHES=2 -DSTALES=0 -DEXPIRY|expiry: two crashes
+expiry-late|full|-DK=2 -DCRASHES=1 -DSTALES=1 -DEXPIRY|expiry: a crash, a late message
+expiry-restore|full|-DK=2 -DCRASHES=0 -DSTALES=0 -DRESTORES=1 -DEXPIRY|expiry: a restored disk
+expiry-transfer|full|-DK=2 -DCRASHES=1 -DSTALES=0 -DEXPIRY -DTRANSFER|expiry and transfer: a crash
 transfer-floor|full|-DK=2 -DCRASHES=1 -DSTALES=0 -DTRANSFER -DFLOOR|transfer, put back, the sweep: a crash
 transfer-floor-late|full|-DK=2 -DCRASHES=0 -DSTALES=1 -DTRANSFER -DFLOOR|transfer, put back, the sweep: a late message
 restore-crash|full|-DK=2 -DCRASHES=1 -DSTALES=0 -DRESTORES=1|a restored disk and a crash
@@ -52,6 +56,7 @@ BUG_RESET_KEEPS_OWN|leased_on_both_or_neither|-DK=2 -DCRASHES=1 -DSTALES=0
 BUG_NO_NOTICE|notice_first|-DK=2 -DCRASHES=0 -DSTALES=0
 BUG_ANY_PROOF|same_bytes|-DK=2 -DCRASHES=0 -DSTALES=0 -DM102
 BUG_PUT_BACK_BELOW_FLOOR|leased_on_both_or_neither|-DK=4 -DCRASHES=0 -DSTALES=0 -DFLOOR
+BUG_EXPIRE_IN_MEMORY|expired_stays_gone|-DSUPPLY_ONLY -DK=2 -DCRASHES=0 -DSTALES=0 -DEXPIRY
 BUG_PUT_BACK_GIVEN|leased_on_both_or_neither|-DK=2 -DCRASHES=1 -DSTALES=0 -DFLOOR -DTRANSFER
 BUG_RECLAIM|one_owner|-DSUPPLY_ONLY -DK=2 -DCRASHES=0 -DSTALES=0 -DTRANSFER
 BUG_USE_WHILE_GIVING|not_in_transfer|-DSUPPLY_ONLY -DTRANSIT_ONLY -DK=2 -DCRASHES=0 -DSTALES=0 -DTRANSFER

@@ -95,7 +95,11 @@ func schedule(t *testing.T, b *bench, r *rand.Rand, steps int) {
 			case 0:
 				m.destroy(b, r)
 			case 1:
-				m.adopt(b, r)
+				if r.IntN(3) == 0 {
+					m.expire(b, r)
+				} else {
+					m.adopt(b, r)
+				}
 			default:
 				b.must(b.EnsurePool(b.ctx, b.pool, "bob", key.Master, key.Direct))
 			}
@@ -290,6 +294,29 @@ func (m *model) destroy(b *bench, r *rand.Rand) {
 	}
 	b.must(err)
 	delete(m.blocks, seq)
+}
+
+func (m *model) expire(b *bench, r *rand.Rand) {
+	side := store.Side(1 + r.IntN(2))
+	mark := m.mark[side] + key.Position(r.IntN(20))
+	if r.IntN(8) == 0 {
+		mark = m.mark[side] - key.Position(r.IntN(2)) // a repeat, or backwards
+	}
+	want := len(m.keys(side, m.spent[side], mark))
+	n, err := b.Expire(b.ctx, b.pool, side, mark, 1)
+	switch {
+	case mark < m.mark[side]:
+		b.want(err, store.ErrBackwards)
+		return
+	case mark > m.mark[side] && mark.Seq() > m.newest:
+		b.want(err, store.ErrAhead)
+		return
+	}
+	b.must(err)
+	if n < want { // those that are received go with them
+		b.t.Fatalf("%d keys expired, at least %d were there", n, want)
+	}
+	m.mark[side], m.spent[side] = mark, max(m.spent[side], mark)
 }
 
 func (m *model) adopt(b *bench, r *rand.Rand) {

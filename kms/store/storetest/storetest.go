@@ -25,7 +25,7 @@ type Open func(ctx context.Context, dir string) (*store.Store, error)
 // Run runs the suite.
 func Run(t *testing.T, open Open) {
 	for name, f := range map[string]func(*testing.T, *bench){
-		"Pools": pools, "Blocks": blocks, "Order": order, "Lease": lease, "LoadOnce": loadOnce, "Reopen": reopen, "AdoptMark": adoptMark,
+		"Pools": pools, "Blocks": blocks, "Order": order, "Lease": lease, "LoadOnce": loadOnce, "Reopen": reopen, "AdoptMark": adoptMark, "Expire": expire,
 		"PeerGeneration": peerGeneration, "Destroy": destroy, "Ratchet": ratchet, "History": history, "Events": events, "Find": find,
 		"Generation": generation, "Closed": closed, "Cancelled": cancelled, "Concurrency": concurrency,
 	} {
@@ -227,6 +227,10 @@ func blocks(t *testing.T, b *bench) {
 		if len(list) != 2 {
 			t.Fatalf("blocks %+v", list)
 		}
+		if a := list[1].Age; a <= 0 || a > time.Hour {
+			t.Errorf("a new block is %v old", a)
+		}
+		list[1].Age = 0
 		x := NewBlock(t, b.pool, 4, 5)
 		if want := (store.BlockInfo{
 			Seq: 4, State: key.Received, Class: x.Class, Count: 5, Left: 5, TagM: x.TagM, TagS: x.TagS,
@@ -558,6 +562,34 @@ func find(t *testing.T, b *bench) {
 	if got, err := b.Find(b.ctx, ID(b.pool, 2, 2)); err != nil || got.Stored || got.State != key.Supplied || got.Position != key.At(2, 2) {
 		t.Errorf("from the history: %+v, %v", got, err)
 	}
+}
+
+func expire(t *testing.T, b *bench) {
+	b.put(key.Active, 10, 1)
+	b.want(func() error { _, err := b.Expire(b.ctx, b.pool, store.Own, key.At(2, 0), 1); return err }(), store.ErrAhead)
+	b.must(b.Advance(b.ctx, b.pool, store.Own, key.At(1, 2), "lease", 1))
+	for i, want := range []int{4, 0} { // 0, 2, 4 and 6, of which none was read; then the repeat
+		if n, err := b.Expire(b.ctx, b.pool, store.Own, key.At(1, 6), 1); err != nil || n != want {
+			t.Errorf("call %d: %d keys expired, %v; want %d", i, n, err, want)
+		}
+	}
+	b.want(func() error { _, err := b.Expire(b.ctx, b.pool, store.Own, key.At(1, 4), 1); return err }(), store.ErrBackwards)
+	if n, err := b.Expire(b.ctx, b.pool, store.Peer, key.At(1, 3), 7); err != nil || n != 2 || b.info().PeerGeneration != 7 {
+		t.Errorf("the peer's: %d, %v, %+v", n, err, b.info())
+	}
+	b.want(func() error { _, err := b.Expire(b.ctx, b.pool, store.Peer, key.At(1, 5), 6); return err }(), store.ErrOldGeneration)
+	_, err := b.Load(b.ctx, b.pool, store.Own, 0, key.At(1, 6))
+	b.want(err, store.ErrSpent)
+	b.levels(0, 4, 1)
+	rows, err := b.History(b.ctx, store.HistoryQuery{Pool: b.pool, Limit: 2})
+	b.must(err)
+	for i, want := range []store.Event{{Side: store.Peer, Count: 2}, {Side: store.Own, Count: 4}} {
+		if r := rows[i]; r.State != key.Expired || r.Side != want.Side || r.Count != want.Count {
+			t.Errorf("history: %+v", r)
+		}
+	}
+	b.restart()
+	b.levels(0, 4, 1)
 }
 
 func generation(t *testing.T, b *bench) {
