@@ -114,7 +114,7 @@ break_pool-dry() {
     local i number
     node_stop a qkdsim
     start a; start b # a pool is drained by those who hold it
-    [ "$booting" != 1 ] || await 60 tunnel_up
+    [ "$booting" != 1 ] || await 60 up
     for number in 128 16 1; do
         for ((i = 0; i < 100; i++)); do drain a b "$number" || drain b a "$number" || break; done
     done
@@ -227,7 +227,7 @@ enter() {
         fi
     done
     for n in a b; do start "$n"; done
-    await 60 tunnel_up || fail "no tunnel in the world '$1'"
+    await 60 up || fail "no tunnel in the world '$1'"
     before=$(sa_keys a) # from now on with its keys
     await 60 rekeyed "$before" || fail "no rekey in the world '$1'"
 }
@@ -249,9 +249,18 @@ why() {
     { for n in a b; do since "$n" | grep -E -- "$1"; done; for n in a b; do since "$n" | grep -E -- "$1" | grep -E ' event='; done; } | tail -n 1
 }
 
+# up: the tunnel is. Under `off` the SAs of a charon that was killed may lie beside
+# it: nobody takes them away but their lifetime, as ever with stock strongSwan.
+up() {
+    if [ "$policy" = off ]; then
+        [ "$(comm -12 <(sa_keys a) <(sa_keys b) | wc -l)" -ge 2 ]
+    else
+        tunnel_up
+    fi
+}
 pings() { grep -c 'bytes from' "$GW/ha/log/tempt.log"; }
 more_pings() { [ "$(pings)" -gt "$1" ]; }
-renewed() { tunnel_up && [ "$(sa_keys a)" != "$1" ]; }
+renewed() { up && [ "$(sa_keys a)" != "$1" ]; }
 rekey() { for n in a b; do qipsec "$n" tunnels rekey a-b >>"$GW/$n/log/rekey.log" 2>&1; done; }
 
 # classes: sets clear, quantum, classical, unknown: packets of the cell's capture.
@@ -292,7 +301,7 @@ cell() { # CAUSE WHEN POLICY
     policy=$3 booting=0
     set_policy "$policy"
     case $cause in kms-* | key*) enter other ;; *) enter own ;; esac
-    await 90 tunnel_up || fail "$name: no tunnel to begin with"
+    await 90 up || fail "$name: no tunnel to begin with"
     [ "$policy" = off ] || await 90 keyed || fail "$name: no quantum key to begin with"
     for n in a b; do mark[$n]=$(wc -l <"$GW/$n/log/qipsecd.log"); done
     capture_start "$name" || fail "tcpdump does not capture"
@@ -330,7 +339,7 @@ cell() { # CAUSE WHEN POLICY
     line=${want:+$(why "$want")}
     booting=0
     "mend_$cause"
-    check "$name: the tunnel comes back by itself" await 120 tunnel_up
+    check "$name: the tunnel comes back by itself" await 120 up
     before=$(pings)
     check "$name: and carries traffic" await 30 more_pings "$before"
     capture_stop "$name"

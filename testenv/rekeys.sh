@@ -38,11 +38,14 @@ main() {
     lost=$(awk '/packets transmitted/ { print $1 - $4 }' "$GW/a/log/ping.log")
     check "a ping every 5 ms meanwhile: $lost of $sent packets lost" [ "${lost:-1}" -eq 0 ]
     check "as many pings as that takes were sent" [ "${sent:-0}" -gt $((count * 10)) ]
-    check "both ends used the same Key-IDs in the same order" [ "$(installed_keys a)" = "$(installed_keys b)" ]
+    # a machine that stands still may have a set-up refused, after one end has begun it
+    cat "$GW"/[ab]/log/qipsecd.log | sed -nE 's/.*msg="set-up failed after.* Key-ID ([0-9a-f-]{36}) .*/\1/p' >"$GW/failed"
+    check "both ends used the same Key-IDs in the same order, but for $(wc -l <"$GW/failed") set-ups that failed" same_keys
     check "no Key-ID came twice" [ -z "$(installed_keys a | sort | uniq -d)" ]
     check "both kernels hold the same SAs with equal keys" await 20 states_equal
 }
 
-installed_keys() { grep -E 'msg="SA installed"' "$GW/$1/log/qipsecd.log" | sed -nE 's/.* key_id=([0-9a-f-]{36}).*/\1/p' | uniq; }
+installed_keys() { grep -E 'msg="SA installed"' "$GW/$1/log/qipsecd.log" | sed -nE 's/.* key_id=([0-9a-f-]{36}).*/\1/p' | uniq | grep -vxFf "$GW/failed"; }
+same_keys() { [ "$(installed_keys a | wc -l)" -gt "$count" ] && [ "$(installed_keys a)" = "$(installed_keys b)" ]; }
 
 main
