@@ -22,6 +22,7 @@ type attack struct {
 
 	mu       sync.Mutex
 	cookies  map[[8]byte]int  // forged, by the initiator's SPI
+	refused  map[[8]byte]bool // asked for another group
 	answered map[[8]byte]bool // forged completely: the real answer is swallowed
 	replayed map[string]int   // ESP packets, by side
 }
@@ -32,20 +33,23 @@ var modes = map[string]func(*attack, string, datagram, *message) outcome{
 	"strip":          (*attack).strip,
 	"forge":          (*attack).forge,
 	"forge-cookie":   (*attack).forgeCookie,
+	"cookie-alone":   (*attack).cookieAlone,
+	"forge-ke":       (*attack).forgeKE,
 	"forge-complete": (*attack).forgeComplete,
+	"silence":        (*attack).silence,
 	"replay":         (*attack).replay,
 }
 
 func newAttack(mode, from string, say func(string, ...any)) (*attack, error) {
 	if modes[mode] == nil {
-		return nil, fmt.Errorf("-mode %q is none of pass, strip, forge, forge-cookie, forge-complete, replay", mode)
+		return nil, fmt.Errorf("-mode %q is none of pass, strip, forge, forge-cookie, cookie-alone, forge-ke, forge-complete, silence, replay", mode)
 	}
 	if !slices.Contains([]string{"", "a", "b"}, from) {
 		return nil, fmt.Errorf("-direction %q is neither a nor b", from)
 	}
 	return &attack{
 		mode: mode, from: from, say: say,
-		cookies: map[[8]byte]int{}, answered: map[[8]byte]bool{}, replayed: map[string]int{},
+		cookies: map[[8]byte]int{}, refused: map[[8]byte]bool{}, answered: map[[8]byte]bool{}, replayed: map[string]int{},
 	}, nil
 }
 
@@ -147,6 +151,37 @@ func (a *attack) forgeCookie(side string, d datagram, m *message) outcome {
 	a.cookies[m.spi()]++
 	a.say("forged to %s: COOKIE %d for SPI %x", side, a.cookies[m.spi()], m.spi())
 	return outcome{back: d.answer(m.answer([8]byte{}, notify(cookie, random(32))).encode())}
+}
+
+// cookieAlone lets the peer see the request that has all COOKIEs, and no other. The
+// ones before it make answers that the initiator cannot tell from that one's.
+func (a *attack) cookieAlone(side string, d datagram, m *message) outcome {
+	out := a.forgeCookie(side, d, m)
+	out.swallow = out.back != nil
+	return out
+}
+
+func (a *attack) forgeKE(side string, d datagram, m *message) outcome {
+	if !opening(m) {
+		return outcome{}
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.refused[m.spi()] {
+		return outcome{}
+	}
+	a.refused[m.spi()] = true
+	a.say("forged to %s: INVALID_KE_PAYLOAD for SPI %x", side, m.spi())
+	no := m.answer([8]byte{}, notify(invalidKE, []byte{0, ecp384}))
+	return outcome{back: d.answer(no.encode()), swallow: true}
+}
+
+func (a *attack) silence(side string, _ datagram, m *message) outcome {
+	if m.exchange() != exchangeInit && m.exchange() != exchangeAuth {
+		return outcome{}
+	}
+	a.say("lost from %s: the %s of SPI %x", side, kind(m), m.spi())
+	return outcome{swallow: true}
 }
 
 func (a *attack) forgeComplete(side string, d datagram, m *message) outcome {

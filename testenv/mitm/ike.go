@@ -27,9 +27,11 @@ const (
 	payloadNotify = 41
 
 	noProposalChosen = 14
+	invalidKE        = 17
 	cookie           = 16390
 
 	transformKE = 4
+	ecp384      = 20 // a group
 )
 
 // support is the notify that announces Q-IPsec (docs/plugin-protocol.md).

@@ -8,8 +8,12 @@
 //	strip           takes notify 40990 out of IKE_SA_INIT messages
 //	forge           answers an IKE_SA_INIT request with NO_PROPOSAL_CHOSEN, first
 //	forge-cookie    answers it with a COOKIE, first; three times for an SPI
+//	cookie-alone    likewise, and swallows what it answers so
+//	forge-ke        answers it with INVALID_KE_PAYLOAD for group 20, once for an SPI,
+//	                and swallows it
 //	forge-complete  answers it as a Q-IPsec responder would who cannot
 //	                authenticate; the real answer is swallowed
+//	silence         IKE_SA_INIT and IKE_AUTH get lost
 //	replay          each IKE_SA_INIT, IKE_AUTH, CREATE_CHILD_SA datagram and
 //	                each ESP packet comes a second time, 200 ms later
 //

@@ -251,6 +251,50 @@ func TestForgeCookie(t *testing.T) {
 	s.has(t, "forged to a: COOKIE 1", "forged to a: COOKIE 2", "forged to a: COOKIE 3", "forged to a: COOKIE 1")
 }
 
+func TestCookieAlone(t *testing.T) {
+	a, s := begin(t, "cookie-alone", "")
+	for range 3 {
+		out := a.meet("a", frame(t, requestFrame))
+		if m := backwards(t, outcome{back: out.back}); m.payloads[0].notifyType() != cookie || !out.swallow {
+			t.Errorf("payloads %v, swallowed: %v", m.payloads, out.swallow)
+		}
+	}
+	if out := a.meet("a", frame(t, requestFrame)); out.back != nil || out.swallow {
+		t.Errorf("the fourth: %+v", out)
+	}
+	s.has(t, "forged to a: COOKIE 1", "forged to a: COOKIE 2", "forged to a: COOKIE 3")
+}
+
+func TestForgeKE(t *testing.T) {
+	a, s := begin(t, "forge-ke", "")
+	out := a.meet("a", frame(t, requestFrame))
+	if !out.swallow {
+		t.Error("the request passed")
+	}
+	m := backwards(t, outcome{back: out.back})
+	if len(m.payloads) != 1 || m.payloads[0].notifyType() != invalidKE || !bytes.Equal(m.payloads[0].body[4:], []byte{0, 20}) {
+		t.Errorf("payloads %v", m.payloads)
+	}
+	if out := a.meet("a", frame(t, requestFrame)); out.back != nil || out.swallow {
+		t.Error("a second INVALID_KE_PAYLOAD")
+	}
+	if out := a.meet("b", frame(t, answerFrame)); out.back != nil || out.swallow {
+		t.Errorf("an answer was answered: %+v", out)
+	}
+	s.has(t, "forged to a: INVALID_KE_PAYLOAD")
+}
+
+func TestSilence(t *testing.T) {
+	a, s := begin(t, "silence", "a")
+	if out := a.meet("a", frame(t, requestFrame)); !out.swallow {
+		t.Error("a request passed")
+	}
+	if out := a.meet("b", frame(t, answerFrame)); out.swallow {
+		t.Error("an answer of the side that is not attacked was lost")
+	}
+	s.has(t, "lost from a: the request")
+}
+
 func TestForgeComplete(t *testing.T) {
 	a, s := begin(t, "forge-complete", "a")
 	if out := a.meet("b", frame(t, answerFrame)); out.swallow {
