@@ -156,11 +156,7 @@ func Await(ctx context.Context, opt Options) (*Store, error) {
 		if err == nil || ctx.Err() != nil {
 			return s, err
 		}
-		passing := false
-		for _, e := range []error{ErrInUse, ErrUnreachable, ErrReadOnly, ErrBusy} {
-			passing = passing || errors.Is(err, e)
-		}
-		if !passing || isRootFault(err) {
+		if !Passes(err) {
 			return nil, err
 		}
 		if text := err.Error(); text != said {
@@ -173,6 +169,17 @@ func Await(ctx context.Context, opt Options) (*Store, error) {
 		case <-time.After(awaitInterval):
 		}
 	}
+}
+
+// Passes reports whether err, of Open or of a Store, is about another process or
+// about the server for now, so that Await is what helps.
+func Passes(err error) bool {
+	for _, e := range []error{ErrInUse, ErrUnreachable, ErrReadOnly, ErrBusy, ErrDeposed} {
+		if errors.Is(err, e) {
+			return !isRootFault(err)
+		}
+	}
+	return false
 }
 
 // holderQuery asks who has begun last.

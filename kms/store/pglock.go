@@ -23,7 +23,7 @@ type pgLock struct {
 // own takes the lock and makes the schema if it is missing.
 func (e *postgresEngine) own(ctx context.Context) (lock, error) {
 	l := &pgLock{e: e, end: context.WithoutCancel(ctx)}
-	if err := l.take(ctx); err != nil {
+	if err := l.take(ctx, ""); err != nil {
 		return nil, fmt.Errorf("store: %s: %w", e, explain(err))
 	}
 	var there bool
@@ -44,8 +44,9 @@ func (e *postgresEngine) own(ctx context.Context) (lock, error) {
 	return l, nil
 }
 
-// take connects and takes the lock, or fails with ErrInUse.
-func (l *pgLock) take(ctx context.Context) error {
+// take connects and takes the lock, or fails with ErrInUse; with ErrDeposed if who has
+// it has already put its name in place of holder, unless that is empty.
+func (l *pgLock) take(ctx context.Context, holder string) error {
 	conn, err := pgx.ConnectConfig(ctx, l.e.conf.Copy())
 	if err != nil {
 		return err
@@ -62,6 +63,12 @@ func (l *pgLock) take(ctx context.Context) error {
 	var got bool
 	if err := conn.QueryRow(ctx, `SELECT pg_try_advisory_lock($1)`, l.e.lockKey()).Scan(&got); err != nil {
 		return errors.Join(err, conn.Close(ctx))
+	}
+	if !got && holder != "" {
+		var now string
+		if err := conn.QueryRow(ctx, holderQuery).Scan(&now); err == nil && now != holder {
+			return errors.Join(checkHolder(now, holder), conn.Close(ctx))
+		}
 	}
 	if !got {
 		return errors.Join(l.e.inUse(ctx, conn), conn.Close(ctx))
@@ -91,7 +98,7 @@ func (e *postgresEngine) inUse(ctx context.Context, conn *pgx.Conn) error {
 // hold asks over the lock's connection, whose life is the lock's.
 func (l *pgLock) hold(ctx context.Context, holder string) error {
 	if l.conn == nil {
-		if err := l.take(ctx); err != nil {
+		if err := l.take(ctx, holder); err != nil {
 			return err
 		}
 	}
