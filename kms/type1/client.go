@@ -10,8 +10,10 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/netip"
 	"net/url"
+	"sync/atomic"
 	"time"
 )
 
@@ -21,9 +23,13 @@ const (
 	DefaultMaxBody = 8 << 20 // bytes of a request or an answer, either way
 )
 
+// connectTimeout is how long one of several machines may take to accept a connection.
+const connectTimeout = 3 * time.Second
+
 // ClientOptions say how to reach one peer.
 type ClientOptions struct {
 	URL       string            // https://host:port
+	More      []string          // likewise, of the node's other machines: see Client
 	TLS       *tls.Config       // with our certificate; must accept that peer only
 	Local     netip.Addr        // source of our connections; zero: the kernel's choice
 	Timeout   time.Duration     // of each call; default DefaultTimeout
@@ -32,20 +38,30 @@ type ClientOptions struct {
 }
 
 // Client calls one peer. It keeps connections alive and may be used by several
-// goroutines at once. A call is never repeated by the Client: the callers know
-// what may be.
+// goroutines at once. A call that the peer may have acted on is never repeated by
+// the Client: the callers know what may be.
+//
+// Of several machines of one node only the one that has its inventory acts
+// (docs/decisions/0011). The Client stays with the one that answers. From one that
+// stands by or that it cannot connect to, it goes on to the next, once around; after
+// any other failure only the next call does.
 type Client struct {
-	o ClientOptions
-	h *http.Client
+	o    ClientOptions
+	h    *http.Client
+	urls []string
+	at   atomic.Uint32 // of urls, the one to call
 }
 
 // NewClient checks the options; it does not connect.
 func NewClient(o ClientOptions) (*Client, error) {
-	u, err := url.Parse(o.URL)
-	if err != nil || u.Scheme != "https" || u.Host == "" || (u.Path != "" && u.Path != "/") {
-		return nil, fmt.Errorf("type1: peer address %q is not https://host:port", o.URL)
+	var urls []string
+	for _, s := range append([]string{o.URL}, o.More...) {
+		u, err := url.Parse(s)
+		if err != nil || u.Scheme != "https" || u.Host == "" || (u.Path != "" && u.Path != "/") {
+			return nil, fmt.Errorf("type1: peer address %q is not https://host:port", s)
+		}
+		urls = append(urls, "https://"+u.Host)
 	}
-	o.URL = "https://" + u.Host
 	if o.Timeout == 0 {
 		o.Timeout = DefaultTimeout
 	}
@@ -56,14 +72,18 @@ func NewClient(o ClientOptions) (*Client, error) {
 		if o.TLS == nil {
 			return nil, errors.New("type1: client has no TLS configuration")
 		}
-		dialer := &net.Dialer{Timeout: o.Timeout}
+		connect := o.Timeout
+		if len(urls) > 1 {
+			connect = min(connect, connectTimeout)
+		}
+		dialer := &net.Dialer{Timeout: connect}
 		if o.Local.IsValid() {
 			dialer.LocalAddr = &net.TCPAddr{IP: o.Local.AsSlice()}
 		}
 		o.Transport = &http.Transport{
 			DialContext:         dialer.DialContext,
 			TLSClientConfig:     o.TLS.Clone(),
-			TLSHandshakeTimeout: o.Timeout,
+			TLSHandshakeTimeout: connect,
 			MaxIdleConnsPerHost: 4,
 			MaxConnsPerHost:     16,
 			IdleConnTimeout:     90 * time.Second,
@@ -71,7 +91,7 @@ func NewClient(o ClientOptions) (*Client, error) {
 			// No proxy: a node talks to its peer itself.
 		}
 	}
-	return &Client{o: o, h: &http.Client{
+	return &Client{o: o, urls: urls, h: &http.Client{
 		Transport:     o.Transport,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}, nil
@@ -145,15 +165,41 @@ func (c *Client) call(ctx context.Context, path string, in, out interface{ check
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.o.Timeout)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.o.URL+path, bytes.NewReader(body))
+	for range c.urls {
+		at := c.at.Load()
+		var acted bool
+		if acted, err = c.post(ctx, c.urls[at], path, body, out); err == nil {
+			return nil
+		}
+		if p := (*Problem)(nil); errors.As(err, &p) && p.Code != Standby {
+			return err
+		}
+		c.at.CompareAndSwap(at, (at+1)%uint32(len(c.urls)))
+		if acted || ctx.Err() != nil {
+			break
+		}
+	}
+	return err
+}
+
+// post calls one machine. acted is false if it certainly did nothing.
+func (c *Client) post(ctx context.Context, base, path string, body []byte, out interface{ check() error }) (acted bool, err error) {
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { acted = true }})
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, base+path, bytes.NewReader(body))
 	if err != nil {
-		return fmt.Errorf("type1: call %s: %w", path, err)
+		return false, fmt.Errorf("type1: call %s: %w", path, err)
 	}
 	req.Header.Set("Content-Type", "application/json")
 	resp, err := c.h.Do(req)
 	if err != nil {
-		return fmt.Errorf("type1: call %s: %w", path, err)
+		return acted, fmt.Errorf("type1: call %s: %w", path, err)
 	}
+	err = c.read(resp, path, out)
+	return CodeOf(err) != Standby, err
+}
+
+// read takes in an answer.
+func (c *Client) read(resp *http.Response, path string, out interface{ check() error }) error {
 	defer func() { _ = resp.Body.Close() }()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, c.o.MaxBody+1))
 	if err != nil {

@@ -155,3 +155,9 @@ func (h *handler) event(code, text string, attrs ...slog.Attr) {
 		h.Event(code, "alarm", text, attrs...)
 	}
 }
+
+// StandingBy answers every call of Type-1 for a machine that does not have its
+// node's inventory.
+func StandingBy(w http.ResponseWriter, _ *http.Request) {
+	writeProblem(w, &Problem{Standby, "this machine stands by"})
+}

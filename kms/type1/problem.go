@@ -23,11 +23,12 @@ const (
 	AlgorithmMismatch Code = "algorithm-mismatch" // 409: the two ends are configured differently
 	Internal          Code = "internal"           // 500: the receiver's own fault; repeat later
 	Overloaded        Code = "overloaded"         // 503: repeat later
+	Standby           Code = "standby"            // 503: this machine of the node does not have its inventory now; ask another one, or later
 )
 
 var statuses = map[Code]int{
 	Malformed: 400, Unauthenticated: 401, NotAuthorised: 403, NotFound: 404, NotSynced: 409, NotValidated: 409,
-	Conflict: 409, AlgorithmMismatch: 409, Internal: 500, Overloaded: 503,
+	Conflict: 409, AlgorithmMismatch: 409, Internal: 500, Overloaded: 503, Standby: 503,
 }
 
 const typePrefix = "urn:q-ipsec:problem:"
