@@ -127,6 +127,15 @@ func TestFaults(t *testing.T) {
 		"sae twice":         {[][2]string{{`id = "b-te"`, `id = "a-te"`}}, "kms.sae[3].id kms.sae[2].peers"},
 		"sae peers":         {[][2]string{{`peers = ["b-te"]`, `peers = ["a-ipsec"]`}, {`peers = ["b-ipsec"] `, `# `}}, "kms.sae[0].peers kms.sae[2].peers ipsec.connection[0].local_sae"},
 		"sae limits afar":   {[][2]string{{`id = "b-te"`, `id = "b-te"` + "\nrate = 1"}}, "kms.sae[3].node"},
+		"inventory":         {[][2]string{{`# inventory = "sqlite:/var/lib/q-ipsec/inventory.db"`, `inventory = "mysql://db/x"`}}, "node.inventory"},
+		"inventory here":    {[][2]string{{`# inventory = "sqlite:/var/lib/q-ipsec/inventory.db"`, `inventory = "sqlite:inventory.db"`}}, "node.inventory"},
+		"postgres":          {[][2]string{{`# inventory = "sqlite:/var/lib/q-ipsec/inventory.db"`, `inventory = "postgres://db/x"`}, {`# inventory_password_file = ""`, `inventory_password_file = "pg"`}, {"# members = []", `members = ["192.0.2.4:8441"]`}}, ""},
+		"no password":       {[][2]string{{`# inventory_password_file = ""`, `inventory_password_file = "pg"`}}, "node.inventory_password_file"},
+		"members alone":     {[][2]string{{"# members = []", `members = ["192.0.2.4:8441"]`}}, "kms.members"},
+		"member is us":      {[][2]string{{`# inventory = "sqlite:/var/lib/q-ipsec/inventory.db"`, `inventory = "postgres://db/x"`}, {"# members = []", `members = ["192.0.2.1:8441", "gw"]`}}, "kms.members[0] kms.members[1]"},
+		"more addresses":    {[][2]string{{"# more_addresses = []", `more_addresses = ["192.0.2.2:8441", "192.0.2.5:8441", "192.0.2.5:8441"]`}}, "kms.peer[0].more_addresses[0] kms.peer[0].more_addresses[2]"},
+		"listen in R, more": {[][2]string{{`type1_listen = "192.0.2.1:8441"`, `type1_listen = "0.0.0.0:8441"`}, {"# more_addresses = []", `more_addresses = ["10.2.0.9:8441"]`}}, "kms.type1_listen"},
+		"intake of the db":  {[][2]string{{`intake = "intake"`, `intake = "/srv"`}, {`# inventory = "sqlite:/var/lib/q-ipsec/inventory.db"`, `inventory = "sqlite:/srv/db/i.db"`}}, "kms.pair[0].intake"},
 		"burst alone":       {[][2]string{{"rate = 100\n", ""}}, "kms.sae[2].burst"},
 		"sae not for ipsec": {[][2]string{{"node = \"b\"\nipsec = true", `node = "b"`}}, "ipsec.connection[0].peer_sae"},
 		"sae elsewhere":     {[][2]string{{`local_sae = "a-ipsec"`, `local_sae = "nobody"`}}, "ipsec.connection[0].local_sae"},
@@ -378,7 +387,14 @@ remote_ts = ["%s"]
 // With a tunnel for everything, what brings the keys must pass all the same.
 func TestGuardLetsKeysCome(t *testing.T) {
 	text := strings.Replace(sample(t), `["10.2.0.0/24"]`, `["0.0.0.0/0"]`, 1)
-	text = strings.Replace(text, `# control = ""`, `control = "https://192.0.2.3:8443"`, 1)
+	for _, ch := range [][2]string{
+		{`# control = ""`, `control = "https://192.0.2.3:8443"`},
+		{"# more_addresses = []", `more_addresses = ["192.0.2.5:8441"]`},
+		{`# inventory = "sqlite:/var/lib/q-ipsec/inventory.db"`, `inventory = "postgres://db/x"`},
+		{"# members = []", `members = ["192.0.2.6:8441"]`},
+	} {
+		text = strings.Replace(text, ch[0], ch[1], 1)
+	}
 	n, err := ParseNode("f", "/", []byte(text))
 	if err != nil {
 		t.Fatal(err)
@@ -393,17 +409,21 @@ func TestGuardLetsKeysCome(t *testing.T) {
 		{own, netip.MustParsePrefix("192.0.2.2/32"), 6, 0, 8441},
 		{own, netip.MustParsePrefix("192.0.2.2/32"), 6, 8441, 0},
 		{own, netip.MustParsePrefix("192.0.2.4/32"), 6, 2222, 0},
+		{own, netip.MustParsePrefix("192.0.2.5/32"), 6, 0, 8441}, // the peer's other machine
+		{own, netip.MustParsePrefix("192.0.2.5/32"), 6, 8441, 0},
+		{own, netip.MustParsePrefix("192.0.2.6/32"), 6, 0, 8441}, // our own
+		{own, netip.MustParsePrefix("192.0.2.6/32"), 6, 8441, 0},
 	} {
 		if !slices.Contains(allow, c) {
 			t.Errorf("%v is not among %v", c, allow)
 		}
 	}
-	if len(allow) != 5 {
+	if len(allow) != 9 {
 		t.Errorf("allowed: %v", allow)
 	}
 	for _, listen := range []string{"0.0.0.0:8441", "127.0.0.1:8441", "[2001:db8::1]:8441"} {
 		n.KMS.Type1Listen = netip.MustParseAddrPort(listen)
-		if got := n.KMS.Type1Local(n.KMS.Peers[0]); got.IsValid() {
+		if got := n.KMS.Type1Local(n.KMS.Peers[0].Address); got.IsValid() {
 			t.Errorf("type1_listen %s: connections would come from %v", listen, got)
 		}
 	}

@@ -27,6 +27,9 @@ func (r *reader) nodeFiles(n *Node) {
 	if filepath.IsAbs(n.RootCredential) {
 		r.secret("node.root_credential", n.RootCredential)
 	}
+	if n.InventoryPassword != "" {
+		r.secret("node.inventory_password_file", n.InventoryPassword)
+	}
 	r.dirOf("operator.socket", n.Operator.Socket)
 	r.intakesApart(n, resolved)
 	if k := n.KMS; k != nil {
@@ -195,6 +198,12 @@ func (n *Node) files() []namedFile {
 	all := []namedFile{{"node.root_file", n.RootFile}, {"operator.socket", n.Operator.Socket}}
 	if filepath.IsAbs(n.RootCredential) {
 		all = append(all, namedFile{"node.root_credential", n.RootCredential})
+	}
+	if path, ok := strings.CutPrefix(n.Inventory, sqliteURL); ok {
+		all = append(all, namedFile{"node.inventory", path})
+	}
+	if n.InventoryPassword != "" {
+		all = append(all, namedFile{"node.inventory_password_file", n.InventoryPassword})
 	}
 	channel := func(at string, f pki.Files) {
 		all = append(all, namedFile{at + ".ca", f.CA}, namedFile{at + ".cert", f.Cert}, namedFile{at + ".key", f.Key})

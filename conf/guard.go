@@ -44,10 +44,10 @@ func (n *Node) Guarded() (remotes []netip.Prefix, allow []Channel) {
 	if n.KMS == nil {
 		return remotes, allow
 	}
-	for _, p := range n.KMS.Peers {
-		own := n.KMS.Type1Local(p)
-		tcp(own, p.Address, 0)
-		tcp(own, netip.AddrPortFrom(p.Address.Addr(), 0), n.KMS.Type1Listen.Port())
+	for _, to := range n.KMS.others() {
+		own := n.KMS.Type1Local(to)
+		tcp(own, to, 0)
+		tcp(own, netip.AddrPortFrom(to.Addr(), 0), n.KMS.Type1Listen.Port())
 	}
 	for _, p := range n.KMS.Pairs {
 		if to, ok := addressOf(p.Control); ok {
@@ -60,11 +60,21 @@ func (n *Node) Guarded() (remotes []netip.Prefix, allow []Channel) {
 	return remotes, allow
 }
 
-// Type1Local gives our end of the channel to p, the zero Addr if the kernel is to
-// choose it.
-func (k *KMS) Type1Local(p Peer) netip.Addr {
+// others gives every address that Type-1 connections go to: the peers' and those of
+// our own node's other machines.
+func (k *KMS) others() []netip.AddrPort {
+	list := slices.Clone(k.Members)
+	for _, p := range k.Peers {
+		list = append(list, p.Addresses()...)
+	}
+	return list
+}
+
+// Type1Local gives our end of the channel to another machine, the zero Addr if the
+// kernel is to choose it.
+func (k *KMS) Type1Local(to netip.AddrPort) netip.Addr {
 	own := k.Type1Listen.Addr().Unmap()
-	if own.IsUnspecified() || own.IsLoopback() || own.Is4() != p.Address.Addr().Unmap().Is4() {
+	if own.IsUnspecified() || own.IsLoopback() || own.Is4() != to.Addr().Unmap().Is4() {
 		return netip.Addr{}
 	}
 	return own

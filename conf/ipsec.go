@@ -97,9 +97,9 @@ func (r *reader) type1Beside(n *Node) {
 		return
 	}
 	protected := append(n.required(true), n.required(false)...)
-	for _, p := range n.KMS.Peers {
-		if a := p.Address.Addr().Unmap(); slices.ContainsFunc(protected, func(r netip.Prefix) bool { return r.Contains(a) }) {
-			r.fault("kms.type1_listen", "%v: peer %s at %v lies in a remote_ts: name the address that this node has towards it", n.KMS.Type1Listen, p.Name, a)
+	for _, to := range n.KMS.others() {
+		if a := to.Addr().Unmap(); slices.ContainsFunc(protected, func(r netip.Prefix) bool { return r.Contains(a) }) {
+			r.fault("kms.type1_listen", "%v: %v, which Type-1 goes to, lies in a remote_ts: name the address that this node has towards it", n.KMS.Type1Listen, a)
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package conf
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -102,11 +103,15 @@ func (r *reader) node(text []byte) *Node {
 	} else {
 		n.RootCredential = parse(r, "node.root_credential", n.RootCredential, "", credentialName)
 	}
+	r.inventory(n, raw.Node)
 	if raw.KMS == nil && raw.IPsec == nil {
 		r.fault("", "neither [kms] nor [ipsec]: this node would do nothing")
 	}
 	if raw.KMS != nil {
 		n.KMS = r.kms(raw.KMS, &raw.TLS, n.Name)
+		if len(n.KMS.Members) > 0 && !n.Shared() {
+			r.fault("kms.members", "several machines share an inventory on PostgreSQL only: set node.inventory to its URL")
+		}
 	}
 	if raw.IPsec != nil {
 		n.IPsec = r.ipsec(raw.IPsec, n)
@@ -136,12 +141,14 @@ func (r *reader) kms(raw *rawKMS, tls *rawTLS, self string) *KMS {
 	if collide(k.Type1Listen, k.Type2Listen) {
 		r.fault("kms.type2_listen", "%v and type1_listen, %v, are one port: the second could not be had", k.Type2Listen, k.Type1Listen)
 	}
+	k.Members = r.remotes("kms.members", raw.Members, "kms.type1_listen", raw.Type1Listen)
 	nodes := map[string]string{self: "node.name"}
 	for i, p := range raw.Peer {
 		at := fmt.Sprintf("kms.peer[%d].", i)
 		v := Peer{
 			Name:    need(r, at+"name", p.Name, checked(pki.CheckNode)),
 			Address: need(r, at+"address", p.Address, remote),
+			More:    r.remotes(at+"more_addresses", p.More, at+"address", p.Address),
 		}
 		r.unique(at+"name", v.Name, nodes)
 		k.Peers = append(k.Peers, v)
@@ -260,6 +267,45 @@ func listener(s string) (netip.AddrPort, error) {
 	}
 	return a, nil
 }
+
+// remotes takes a list of addresses, none of them twice and none that of another field.
+func (r *reader) remotes(field string, list []string, other, address string) (out []netip.AddrPort) {
+	seen := map[string]string{}
+	r.unique(other, address, seen)
+	for i, text := range list {
+		at := fmt.Sprintf("%s[%d]", field, i)
+		out = append(out, need(r, at, text, remote))
+		r.unique(at, text, seen)
+	}
+	return out
+}
+
+// inventory takes the URL of the database. What is wrong with one of PostgreSQL the
+// store says when it connects.
+func (r *reader) inventory(n *Node, raw rawNodeSection) {
+	n.Inventory = parse(r, "node.inventory", raw.Inventory, sqliteURL+filepath.Join(n.StateDir, "inventory.db"), func(s string) (string, error) {
+		if path, ok := strings.CutPrefix(s, sqliteURL); ok && !filepath.IsAbs(path) || !ok && !postgres(s) {
+			return "", errors.New("want sqlite:/PATH or postgres://HOST/DATABASE")
+		}
+		return s, nil
+	})
+	if raw.InventoryPassword == "" {
+		return
+	}
+	n.InventoryPassword = r.path("node.inventory_password_file", raw.InventoryPassword, "")
+	if !n.Shared() {
+		r.fault("node.inventory_password_file", "only PostgreSQL takes a password: set node.inventory to its URL")
+	}
+}
+
+const sqliteURL = "sqlite:"
+
+func postgres(url string) bool {
+	return strings.HasPrefix(url, "postgres://") || strings.HasPrefix(url, "postgresql://")
+}
+
+// Shared tells whether the inventory is one that several machines can share.
+func (n *Node) Shared() bool { return postgres(n.Inventory) }
 
 // collide tells whether one machine cannot listen on both. On [::] it listens on
 // all addresses of IPv4 as well.

@@ -20,10 +20,14 @@ type Node struct {
 	// RootCredential is what RootFile is sealed by: the name of a systemd credential,
 	// or the absolute path of a file; empty: it is not sealed. See CredentialPath.
 	RootCredential string
-	KMS            *KMS   // nil: no [kms]; keys come from KMEs of others
-	IPsec          *IPsec // nil: no [ipsec]; only a key management node
-	Operator       Operator
-	Log            Log
+	// Inventory is the URL of the database: sqlite:/path, in StateDir by default, or
+	// postgres://...; then several machines may share it (decision 0011).
+	Inventory         string
+	InventoryPassword string // file with PostgreSQL's password; empty: none
+	KMS               *KMS   // nil: no [kms]; keys come from KMEs of others
+	IPsec             *IPsec // nil: no [ipsec]; only a key management node
+	Operator          Operator
+	Log               Log
 }
 
 // Operator says where the operator API listens.
@@ -54,6 +58,10 @@ type KMS struct {
 	RetryWindow     time.Duration // an identical dec_keys is answered again for so long; 0 is the standard
 	Reserve         int           // keys per peer node that only IPsec SAEs may have, and that are not given to it
 
+	// Members are the Type-1 addresses of the other machines of this node, which
+	// share its name and its inventory.
+	Members []netip.AddrPort
+
 	Peers []Peer
 	Pairs []Pair
 	SAEs  []SAE
@@ -63,7 +71,12 @@ type KMS struct {
 type Peer struct {
 	Name    string
 	Address netip.AddrPort // its KM channel
+	// More are those of its other machines, if several share its inventory.
+	More []netip.AddrPort
 }
+
+// Addresses gives Address and More.
+func (p Peer) Addresses() []netip.AddrPort { return append([]netip.AddrPort{p.Address}, p.More...) }
 
 // Algorithm is how M102 compares the two ends' keys.
 type Algorithm string

@@ -19,6 +19,9 @@ type rawNodeSection struct {
 	RootFile string `toml:"root_file"`
 
 	RootCredential string `toml:"root_credential"`
+
+	Inventory         string `toml:"inventory"`
+	InventoryPassword string `toml:"inventory_password_file"`
 }
 
 type rawLog struct {
@@ -53,14 +56,16 @@ type rawKMS struct {
 	MaxKeys         *int64    `toml:"max_keys"`
 	RetryWindow     string    `toml:"retry_window"`
 	Reserve         *int64    `toml:"reserve"`
+	Members         []string  `toml:"members"`
 	Peer            []rawPeer `toml:"peer"`
 	Pair            []rawPair `toml:"pair"`
 	SAE             []rawSAE  `toml:"sae"`
 }
 
 type rawPeer struct {
-	Name    string `toml:"name"`
-	Address string `toml:"address"`
+	Name    string   `toml:"name"`
+	Address string   `toml:"address"`
+	More    []string `toml:"more_addresses"`
 }
 
 type rawPair struct {

@@ -161,6 +161,9 @@ func setupHistory(fs *flag.FlagSet) func(context.Context, *app, []string) error 
 
 func printStatus(a *app, s operator.Status) error {
 	fmt.Fprintf(a.out, "node %s, %s, version %s, up since %s\n", s.Node, strings.Join(s.Roles, " and "), s.Version, s.Started.Local().Format(time.DateTime))
+	if s.Site != nil {
+		fmt.Fprintln(a.out, siteLine(s.Site))
+	}
 	if len(s.Pools) > 0 {
 		fmt.Fprintln(a.out)
 		if err := printPools(a, s.Pools); err != nil {
@@ -178,6 +181,20 @@ func printStatus(a *app, s operator.Status) error {
 		return printEvents(a, s.Alarms)
 	}
 	return nil
+}
+
+// siteLine says what this machine is among those of its node.
+func siteLine(v *operator.Site) string {
+	since := " since " + v.Since.Local().Format(time.DateTime)
+	switch {
+	case v.State == operator.SiteLeader:
+		return "leads" + since
+	case v.State == operator.SiteUncertain:
+		return "led, and cannot make sure that it still does: supplies nothing" + since
+	case v.Leader == "":
+		return "stands by" + since + "; no other member says that it leads"
+	}
+	return "stands by" + since + "; " + v.Leader + " leads since " + v.LeaderSince.Local().Format(time.DateTime)
 }
 
 func printPools(a *app, pools []operator.Pool) error {

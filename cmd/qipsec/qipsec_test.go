@@ -361,6 +361,22 @@ func TestPrintKeysShowsKeysOnlyWhenAsked(t *testing.T) {
 	}
 }
 
+// A member of a site says what it is, and who leads if it knows.
+func TestSiteLine(t *testing.T) {
+	at := time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
+	for want, v := range map[string]operator.Site{
+		"leads since 2026":                        {State: operator.SiteLeader, Since: at},
+		"supplies nothing since 2026":             {State: operator.SiteUncertain, Since: at},
+		"no other member says that it leads":      {State: operator.SiteStandby, Since: at},
+		"stands by since 2026":                    {State: operator.SiteStandby, Since: at, Leader: "192.0.2.4:8441", LeaderSince: &at},
+		"; 192.0.2.4:8441 leads since 2026-05-01": {State: operator.SiteStandby, Since: at, Leader: "192.0.2.4:8441", LeaderSince: &at},
+	} {
+		if got := siteLine(&v); !strings.Contains(got, want) {
+			t.Errorf("%+v: %q has no %q", v, got, want)
+		}
+	}
+}
+
 // fakeNode plays a daemon with one tunnel that is down.
 type fakeNode struct{ did string }
 

@@ -45,7 +45,7 @@ func (f storeFlags) options(a *app) (store.Options, error) {
 	if err != nil {
 		return o, fmt.Errorf("find the inventory (--database and --root name it): %w", err)
 	}
-	o.URL, o.RootFile = "sqlite:"+filepath.Join(n.StateDir, "inventory.db"), n.RootFile
+	o.URL, o.PasswordFile, o.RootFile = n.Inventory, n.InventoryPassword, n.RootFile
 	if o.RootCredential == "" {
 		o.RootCredential, err = n.CredentialPath()
 	}

@@ -211,17 +211,17 @@ func fromType1(n type1.Notice) ksa.Notice {
 // ipsecKeyBits is the size of the keys that IPsec asks for.
 const ipsecKeyBits = 256
 
-// localKSA is the KSA as ike's source of keys, called in process.
-type localKSA struct{ *ksa.Agent }
+// localKSA is this node's KSA as ike's source of keys, called in process.
+type localKSA struct{ supplier }
 
 // GetKey gives a fresh key of local for peer.
 func (a localKSA) GetKey(ctx context.Context, local, peer string) (key.SupplyKey, error) {
-	return one(a.Agent.GetKey(ctx, local, peer, 1, ipsecKeyBits))
+	return one(a.supplier.GetKey(ctx, local, peer, 1, ipsecKeyBits))
 }
 
 // GetKeyWithID gives, once, the key that peer got as id.
 func (a localKSA) GetKeyWithID(ctx context.Context, local, peer string, id key.ID) (key.SupplyKey, error) {
-	return one(a.Agent.GetKeyWithID(ctx, local, peer, []key.ID{id}, ipsecKeyBits))
+	return one(a.supplier.GetKeyWithID(ctx, local, peer, []key.ID{id}, ipsecKeyBits))
 }
 
 // vendorKME is another maker's KME as ike's source of keys. Which SAE is local

@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -35,9 +37,12 @@ type journal interface {
 // the operator and writes them to the store in the background, so that no agent
 // waits for a disk.
 type recorder struct {
-	log   *slog.Logger
-	ring  *operator.Ring
-	store journal // nil on a node without [kms]; set before run
+	log  *slog.Logger
+	ring *operator.Ring
+
+	mu    sync.Mutex    // one flush at a time
+	store journal       // nil while this process has no inventory
+	rest  []store.Event // rows that the server was not there for
 
 	usage  chan store.Event
 	events chan store.LogEvent
@@ -76,9 +81,6 @@ func newRecorder(log *slog.Logger) *recorder {
 func (r *recorder) add(e operator.Event) {
 	e.Time = time.Now()
 	r.ring.Add(e)
-	if r.store == nil {
-		return
-	}
 	about := e.Text
 	if who := strings.TrimSpace(e.Connection + " " + e.Peer); who != "" {
 		about = who + ": " + e.Text
@@ -182,12 +184,16 @@ func (r *recorder) reports(_ context.Context, sae, peer string, reports []key.Us
 	return nil
 }
 
+// keep has all from now on written to s; nil for to nowhere, once what is queued is
+// written.
+func (r *recorder) keep(s journal) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.store = s
+}
+
 // run writes to the store until ctx ends, then what is left.
 func (r *recorder) run(ctx context.Context) error {
-	if r.store == nil {
-		<-ctx.Done()
-		return nil
-	}
 	t := time.NewTicker(flushEvery)
 	defer t.Stop()
 	for ctx.Err() == nil {
@@ -203,17 +209,38 @@ func (r *recorder) run(ctx context.Context) error {
 	return nil
 }
 
-// flush writes all that is queued now, in batches.
+// flush writes all that is queued now, in batches. Events of a process that has no
+// inventory are in memory only.
 func (r *recorder) flush(ctx context.Context) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.store == nil {
+		for len(r.events) > 0 {
+			<-r.events
+		}
+		if n := len(r.rest) + len(r.usage); n > 0 {
+			r.log.Error("usage history has a gap: another process has the inventory", "rows", n)
+			for r.rest = nil; len(r.usage) > 0; {
+				<-r.usage
+			}
+		}
+		return
+	}
 	if n := r.lost.Swap(0); n > 0 {
 		r.log.Error("usage history has a gap: the store was too slow", "rows", n)
 	}
-	for len(r.usage) > 0 && ctx.Err() == nil {
-		rows := make([]store.Event, 0, min(batchSize, len(r.usage)))
+	for len(r.rest)+len(r.usage) > 0 && ctx.Err() == nil {
+		rows := r.rest
+		if r.rest = nil; rows == nil {
+			rows = make([]store.Event, 0, min(batchSize, len(r.usage)))
+		}
 		for len(rows) < cap(rows) {
 			rows = append(rows, <-r.usage)
 		}
-		if err := r.store.Record(ctx, rows); err != nil {
+		if err := r.store.Record(ctx, rows); errors.Is(err, store.ErrUnreachable) {
+			r.rest = slices.Clip(rows) // for the next time
+			return
+		} else if err != nil {
 			r.log.Error("usage history has a gap", "rows", len(rows), "err", err)
 			return
 		}

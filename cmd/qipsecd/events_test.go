@@ -48,7 +48,7 @@ func TestRecorderWritesAllBeforeItEnds(t *testing.T) {
 	var log strings.Builder
 	f := &fakeJournal{}
 	r := newRecorder(slog.New(slog.NewTextHandler(&log, nil)))
-	r.store = f
+	r.keep(f)
 	pool, id := uuid.New(), key.ID(uuid.New())
 	for i, kind := range []ksa.EventKind{ksa.Supplied, ksa.Fetched, ksa.Stranded, ksa.Stranded} {
 		r.supply(ksa.Event{Kind: kind, Own: i%3 == 0, Peer: "b", MasterSAE: "m", SlaveSAE: "s", Pool: pool, Position: key.At(1, 2), KeyID: id, Why: "expired"})
@@ -99,7 +99,7 @@ func TestRecorderNeverBlocksAndTellsOfGaps(t *testing.T) {
 	var log strings.Builder
 	f := &fakeJournal{}
 	r := newRecorder(slog.New(slog.NewTextHandler(&log, nil)))
-	r.store = f
+	r.keep(f)
 	for range queueSize + 5 {
 		r.supply(ksa.Event{Kind: ksa.Supplied})
 	}
@@ -133,7 +133,7 @@ func (s *storm) AppendEvent(ctx context.Context, e store.LogEvent) error {
 func TestUsageIsWrittenInAStormOfEvents(t *testing.T) {
 	r := newRecorder(quiet())
 	s := &storm{fakeJournal: &fakeJournal{}, r: r}
-	r.store = s
+	r.keep(s)
 	r.source("kma").Event("KEYFILE_REFUSED", "fault", "first")
 	r.flush(t.Context())
 	if s.after != 1 || len(r.events) != 1 {
@@ -145,7 +145,7 @@ func TestRecorderLogsWithinBounds(t *testing.T) {
 	var log strings.Builder
 	f := &fakeJournal{}
 	r := newRecorder(slog.New(slog.NewTextHandler(&log, nil)))
-	r.store = f
+	r.keep(f)
 	const n = 3000
 	began := time.Now()
 	for range n {

@@ -155,7 +155,7 @@ func warmUp(ctx context.Context, entries *sad.SAD, c *conf.IPsec, log *slog.Logg
 func keySources(n *conf.Node, k *kms, s *stages, log *slog.Logger) (map[string]ike.KME, error) {
 	out := map[string]ike.KME{}
 	if k != nil {
-		out[conf.Local] = ike.KME{Address: n.Name + ", in process", Source: localKSA{k.ksa}, KeyLife: n.KMS.NoticeTTL}
+		out[conf.Local] = ike.KME{Address: n.Name + ", in process", Source: localKSA{k.keys}, KeyLife: n.KMS.NoticeTTL}
 	}
 	for _, c := range n.IPsec.KMEs {
 		t, err := pki.KMEClient(c.Files, c.TLS12, log)

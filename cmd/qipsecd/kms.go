@@ -7,7 +7,8 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"path/filepath"
+	"sync/atomic"
+	"time"
 
 	"github.com/q-ipsec/q-ipsec/conf"
 	"github.com/q-ipsec/q-ipsec/kms/etsi014"
@@ -21,15 +22,29 @@ import (
 
 // kms is the [kms] role.
 type kms struct {
-	store   *store.Store
-	kma     *kma.Agent
-	ksa     *ksa.Agent
-	nodeOf  map[string]string // node of each SAE
+	keys    supplier              // of whoever leads
+	reign   atomic.Pointer[reign] // nil: another process has the inventory, or none
+	site    *member               // nil with SQLite, where this process always leads
+	nodeOf  map[string]string     // node of each SAE
 	devices *devices
 }
 
-// buildKMS opens the store, makes the agents and binds their servers. Nothing
-// serves before the stages run.
+// supplier is the KSA, here or at another member.
+type supplier = etsi014.Supplier
+
+// reign is what a process has while it has the inventory.
+type reign struct {
+	store *store.Store
+	kma   *kma.Agent
+	ksa   *ksa.Agent
+	type1 http.Handler
+	since time.Time
+
+	supply, peers gate // calls of SAEs, of peers
+}
+
+// buildKMS opens the store, or stands by for it, makes the agents and binds their
+// servers. Nothing serves before the stages run.
 func buildKMS(ctx context.Context, n *conf.Node, s *stages, r *recorder, log *slog.Logger) (*kms, error) {
 	c := n.KMS
 	if err := os.MkdirAll(n.StateDir, 0o700); err != nil {
@@ -39,15 +54,10 @@ func buildKMS(ctx context.Context, n *conf.Node, s *stages, r *recorder, log *sl
 	if err != nil {
 		return nil, err
 	}
-	st, err := store.Open(ctx, store.Options{
-		URL: "sqlite:" + filepath.Join(n.StateDir, "inventory.db"), RootFile: n.RootFile, RootCredential: credential, Log: log.With("part", "store"),
-	})
-	if err != nil {
-		return nil, err
+	o := store.Options{
+		URL: n.Inventory, PasswordFile: n.InventoryPassword, RootFile: n.RootFile, RootCredential: credential, Log: log.With("part", "store"),
 	}
-	s.atEnd(st.Close)
-	r.store = st
-	k := &kms{store: st, nodeOf: map[string]string{}}
+	k := &kms{nodeOf: map[string]string{}}
 	for _, v := range c.SAEs {
 		k.nodeOf[v.ID] = v.Node
 	}
@@ -58,19 +68,17 @@ func buildKMS(ctx context.Context, n *conf.Node, s *stages, r *recorder, log *sl
 	if k.devices, err = newDevices(c, r.source("qkde"), log); err != nil {
 		return nil, err
 	}
-	if k.kma, err = newKMA(ctx, c, st, clients, k.devices, r, log); err != nil {
-		return nil, err
+	begin := func(ctx context.Context, st *store.Store) (*reign, error) {
+		return k.begin(ctx, n, st, clients, r, log)
 	}
-	if k.ksa, err = newKSA(n, k, clients, r, log); err != nil {
-		return nil, err
+	if n.Shared() {
+		err = k.standBy(n, s, o, begin, r, log)
+	} else {
+		err = k.rule(ctx, c, s, o, begin, r, log)
 	}
-	k.kma.OnBurn(k.ksa.KeepOnBurn)
-	serveType1, err := k.type1Server(c, s, r, log)
 	if err != nil {
 		return nil, err
 	}
-	s.add("KMA and Type-1", k.kma.Run, serveType1)
-	s.add("KSA", k.ksa.Run)
 	s.add("QKD devices", k.devices.run)
 	if !c.Type2Listen.IsValid() {
 		return k, nil
@@ -83,6 +91,49 @@ func buildKMS(ctx context.Context, n *conf.Node, s *stages, r *recorder, log *sl
 	return k, nil
 }
 
+// rule opens an inventory that is this process's alone.
+func (k *kms) rule(ctx context.Context, c *conf.KMS, s *stages, o store.Options, begin beginning, r *recorder, log *slog.Logger) error {
+	st, err := store.Open(ctx, o)
+	if err != nil {
+		return err
+	}
+	s.atEnd(st.Close)
+	r.keep(st)
+	g, err := begin(ctx, st)
+	if err != nil {
+		return err
+	}
+	k.reign.Store(g)
+	k.keys = g.ksa
+	serveType1, err := server(g.type1, c.Type1Listen.String(), c.Type1, s, log.With("part", "type1"))
+	if err != nil {
+		return err
+	}
+	s.add("KMA and Type-1", g.kma.Run, serveType1)
+	s.add("KSA", g.ksa.Run)
+	return nil
+}
+
+// beginning makes the agents over a store that was opened.
+type beginning func(context.Context, *store.Store) (*reign, error)
+
+func (k *kms) begin(ctx context.Context, n *conf.Node, st *store.Store, clients map[string]*type1.Client, r *recorder, log *slog.Logger) (*reign, error) {
+	g := &reign{store: st, since: time.Now()}
+	var err error
+	if g.kma, err = newKMA(ctx, n.KMS, st, clients, k.devices, r, log); err != nil {
+		return nil, err
+	}
+	if g.ksa, err = newKSA(n, g.kma, clients, r, log); err != nil {
+		return nil, err
+	}
+	g.kma.OnBurn(g.ksa.KeepOnBurn)
+	g.type1, err = type1.NewHandler(type1.HandlerOptions{
+		Agent: g.kma, Supply: supplyForType1{g.ksa}, Peer: pki.NodeFromRequest, PeerOf: g.kma.PeerOf,
+		Event: r.source("type1").Event, Log: log.With("part", "type1"),
+	})
+	return g, err
+}
+
 func type1Clients(c *conf.KMS, log *slog.Logger) (map[string]*type1.Client, error) {
 	clients := map[string]*type1.Client{}
 	for _, p := range c.Peers {
@@ -90,7 +141,11 @@ func type1Clients(c *conf.KMS, log *slog.Logger) (map[string]*type1.Client, erro
 		if err != nil {
 			return nil, err
 		}
-		if clients[p.Name], err = type1.NewClient(type1.ClientOptions{URL: "https://" + p.Address.String(), TLS: t, Local: c.Type1Local(p)}); err != nil {
+		o := type1.ClientOptions{URL: "https://" + p.Address.String(), TLS: t, Local: c.Type1Local(p.Address)}
+		for _, to := range p.More {
+			o.More = append(o.More, "https://"+to.String())
+		}
+		if clients[p.Name], err = type1.NewClient(o); err != nil {
 			return nil, err
 		}
 	}
@@ -120,9 +175,9 @@ func newKMA(ctx context.Context, c *conf.KMS, st *store.Store, clients map[strin
 	return kma.New(ctx, o)
 }
 
-func newKSA(n *conf.Node, k *kms, clients map[string]*type1.Client, r *recorder, log *slog.Logger) (*ksa.Agent, error) {
+func newKSA(n *conf.Node, keys *kma.Agent, clients map[string]*type1.Client, r *recorder, log *slog.Logger) (*ksa.Agent, error) {
 	o := ksa.Options{
-		Node: n.Name, Keys: keysForKSA{k.kma}, Peers: peersForKSA(clients), Log: log.With("part", "ksa"),
+		Node: n.Name, Keys: keysForKSA{keys}, Peers: peersForKSA(clients), Log: log.With("part", "ksa"),
 		Reserve: n.KMS.Reserve, TTL: n.KMS.NoticeTTL, Events: r.supply, Usage: r.reports,
 	}
 	for _, s := range n.KMS.SAEs {
@@ -132,19 +187,6 @@ func newKSA(n *conf.Node, k *kms, clients map[string]*type1.Client, r *recorder,
 	return ksa.New(o)
 }
 
-// type1Server binds the KM channel.
-func (k *kms) type1Server(c *conf.KMS, s *stages, r *recorder, log *slog.Logger) (func(context.Context) error, error) {
-	log = log.With("part", "type1")
-	h, err := type1.NewHandler(type1.HandlerOptions{
-		Agent: k.kma, Supply: supplyForType1{k.ksa}, Peer: pki.NodeFromRequest, PeerOf: k.kma.PeerOf,
-		Event: r.source("type1").Event, Log: log,
-	})
-	if err != nil {
-		return nil, err
-	}
-	return server(h, c.Type1Listen.String(), c.Type1, s, log)
-}
-
 // type2Server binds the ETSI GS QKD 014 interface.
 func (k *kms) type2Server(c *conf.KMS, s *stages, log *slog.Logger) (func(context.Context) error, error) {
 	log = log.With("part", "type2")
@@ -152,7 +194,7 @@ func (k *kms) type2Server(c *conf.KMS, s *stages, log *slog.Logger) (func(contex
 	for _, sae := range c.SAEs {
 		quirks[sae.ID] = etsi014.Quirks{NotFound404: sae.NotFound404}
 	}
-	h, err := etsi014.NewHandler(etsi014.Options{Supplier: k.ksa, Identity: pki.SAEFromRequest, Quirks: quirks, RetryWindow: c.RetryWindow, Log: log})
+	h, err := etsi014.NewHandler(etsi014.Options{Supplier: k.keys, Identity: pki.SAEFromRequest, Quirks: quirks, RetryWindow: c.RetryWindow, Log: log})
 	if err != nil {
 		return nil, err
 	}

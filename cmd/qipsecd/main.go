@@ -85,7 +85,10 @@ func run(n *conf.Node, level *slog.LevelVar, log *slog.Logger) (err error) {
 		if err := notify("READY=1"); err != nil {
 			log.Warn("systemd was not told that the node is ready", "err", err)
 		}
-	}, func() { _ = notify("STOPPING=1") })
+	}, func() {
+		_ = notify("STOPPING=1")
+		log.Info("qipsecd stops")
+	})
 }
 
 // ending gives a context that ends at a signal to stop. leave says whether the

@@ -58,7 +58,10 @@ func (o *operatorNode) Status(ctx context.Context) (operator.Status, error) {
 	var err error
 	if o.keys != nil {
 		s.Roles = append(s.Roles, "kms")
-		if s.Pools, err = o.keys.Pools(ctx); err != nil {
+		if o.keys.site != nil {
+			s.Site = o.keys.site.state(ctx)
+		}
+		if s.Pools, err = o.keys.Pools(ctx); err != nil && !errors.Is(err, operator.ErrStandby) {
 			return s, err
 		}
 	}
@@ -79,13 +82,17 @@ func (o *operatorNode) Events(ctx context.Context, connection string, limit int)
 	if o.keys == nil || len(out) == limit {
 		return out, nil
 	}
+	g, err := o.keys.current()
+	if err != nil {
+		return out, nil // those of earlier starts are with the leader
+	}
 	before := o.started
 	if oldest := o.ring.Latest(ringSize, about("")); len(oldest) > 0 {
 		before = oldest[len(oldest)-1].Time
 	}
 	before = before.Truncate(time.Microsecond) // as the store keeps it
 	for q := (store.EventQuery{Limit: eventPage}); ; {
-		page, err := o.keys.store.Events(ctx, q)
+		page, err := g.store.Events(ctx, q)
 		if err != nil {
 			return nil, err
 		}
@@ -122,9 +129,21 @@ func about(connection string) func(operator.Event) bool {
 // operatorKeys answers for [kms].
 type operatorKeys struct{ *kms }
 
+// current is the reign to ask about.
+func (o *operatorKeys) current() (*reign, error) {
+	if g := o.reign.Load(); g != nil {
+		return g, nil
+	}
+	return nil, operator.ErrStandby
+}
+
 // Pools gives every pool.
 func (o *operatorKeys) Pools(ctx context.Context) ([]operator.Pool, error) {
-	list, err := o.store.Pools(ctx)
+	g, err := o.current()
+	if err != nil {
+		return nil, err
+	}
+	list, err := g.store.Pools(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -135,7 +154,7 @@ func (o *operatorKeys) Pools(ctx context.Context) ([]operator.Pool, error) {
 			NewestSeq: p.NewestSeq, Mark: p.Mark.String(), PeerMark: p.PeerMark.String(),
 		}
 		out[i].Device = o.devices.last(p.ID)
-		blocks, err := o.store.Blocks(ctx, p.ID)
+		blocks, err := g.store.Blocks(ctx, p.ID)
 		if err != nil {
 			return nil, err
 		}
@@ -145,7 +164,7 @@ func (o *operatorKeys) Pools(ctx context.Context) ([]operator.Pool, error) {
 			}
 		}
 		// A pool that is in the store and no more in the config has no level.
-		if l, err := o.kma.Level(p.Peer); err == nil {
+		if l, err := g.kma.Level(p.Peer); err == nil {
 			out[i].Leased, out[i].Synced = l.Leased, l.Synced
 		}
 	}
@@ -154,7 +173,11 @@ func (o *operatorKeys) Pools(ctx context.Context) ([]operator.Pool, error) {
 
 // Find looks a key up.
 func (o *operatorKeys) Find(ctx context.Context, id key.ID) (operator.Key, error) {
-	k, err := o.store.Find(ctx, id)
+	g, err := o.current()
+	if err != nil {
+		return operator.Key{}, err
+	}
+	k, err := g.store.Find(ctx, id)
 	if errors.Is(err, store.ErrNotFound) {
 		return operator.Key{}, fmt.Errorf("key %v: %w", id, operator.ErrNotFound)
 	}
@@ -166,7 +189,11 @@ func (o *operatorKeys) Find(ctx context.Context, id key.ID) (operator.Key, error
 
 // History gives rows of the usage history.
 func (o *operatorKeys) History(ctx context.Context, q operator.HistoryQuery) ([]operator.Usage, error) {
-	list, err := o.store.History(ctx, store.HistoryQuery{Pool: q.Pool, ID: q.Key, Limit: q.Limit})
+	g, err := o.current()
+	if err != nil {
+		return nil, err
+	}
+	list, err := g.store.History(ctx, store.HistoryQuery{Pool: q.Pool, ID: q.Key, Limit: q.Limit})
 	if err != nil {
 		return nil, err
 	}
@@ -276,7 +303,11 @@ func (o *operatorTunnels) Explain(ctx context.Context, name string) (operator.Ex
 // keyChecks say whether the KMS can supply keys for an SAE.
 func (o *operatorTunnels) keyChecks(peerSAE string) []operator.Check {
 	node := o.kms.nodeOf[peerSAE]
-	l, err := o.kms.kma.Level(node)
+	g := o.kms.reign.Load()
+	if g == nil {
+		return []operator.Check{{What: "keys", OK: true, Text: "keys come from the member of this site that leads: qipsec status"}}
+	}
+	l, err := g.kma.Level(node)
 	if err != nil {
 		return []operator.Check{{What: "keys", Text: fmt.Sprintf("no keys are shared with node %q: %v", node, err), Advice: "configure a [[kms.pair]] with that node"}}
 	}

@@ -28,8 +28,10 @@ func TestEventsOfEarlierStarts(t *testing.T) {
 	var o *operatorNode
 	for life := 1; life <= 2; life++ {
 		r := newRecorder(quiet())
-		r.store = st
-		o = &operatorNode{started: time.Now(), ring: r.ring, keys: &operatorKeys{&kms{store: st}}}
+		r.keep(st)
+		k := &kms{}
+		k.reign.Store(&reign{store: st})
+		o = &operatorNode{started: time.Now(), ring: r.ring, keys: &operatorKeys{k}}
 		r.source("kma").Event("LOW", "alarm", fmt.Sprintf("life %d: few keys", life))
 		ikeEvents{r}.Event(ike.Event{Severity: ike.Run, Code: ike.EventUp, Connection: "a-b", Text: fmt.Sprintf("life %d: up", life)})
 		ikeEvents{r}.Event(ike.Event{Severity: ike.Run, Code: ike.EventUp, Connection: "a-c", Text: "up"})

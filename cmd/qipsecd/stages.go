@@ -66,7 +66,6 @@ func (s *stages) run(ctx context.Context, grace time.Duration, log *slog.Logger,
 	case <-failed:
 	}
 	stopping()
-	log.Info("qipsecd stops")
 	var errs []error
 	for i := len(all) - 1; i >= 0; i-- {
 		r := all[i]

@@ -14,16 +14,39 @@ import (
 // connection or pool that is not there; the API answers 404.
 var ErrNotFound = errors.New("not found")
 
+// ErrStandby is what Keys returns, wrapped, on a member of a site that does not have
+// the inventory; the API answers 503.
+var ErrStandby = errors.New("this member stands by and has no inventory: ask the one that leads (qipsec status)")
+
 // Status is the node at a glance.
 type Status struct {
 	Node    string    `json:"node"`
 	Version string    `json:"version"`
 	Started time.Time `json:"started"`
-	Roles   []string  `json:"roles"` // kms, ipsec
+	Roles   []string  `json:"roles"`          // kms, ipsec
+	Site    *Site     `json:"site,omitempty"` // if the inventory can be shared
 	Pools   []Pool    `json:"pools,omitempty"`
 	Tunnels []Tunnel  `json:"tunnels,omitempty"`
 	Alarms  []Event   `json:"alarms,omitempty"` // the latest alarms, newest first
 }
+
+// Site is this process among the members of its site, of which one leads.
+type Site struct {
+	State       SiteState  `json:"state"`
+	Since       time.Time  `json:"since"`
+	Leader      string     `json:"leader,omitempty"` // Type-1 address of the member that leads, if it is another one and answers
+	LeaderSince *time.Time `json:"leader_since,omitempty"`
+}
+
+// SiteState is what a member does.
+type SiteState string
+
+// The states.
+const (
+	SiteLeader    SiteState = "leader"
+	SiteStandby   SiteState = "standby"
+	SiteUncertain SiteState = "uncertain" // it led and cannot make sure that it still does: it supplies nothing
+)
 
 // Pool is the master keys shared with one peer over one QKD pair. Counts are
 // keys of both owners unless said otherwise.
