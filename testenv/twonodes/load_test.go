@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -55,11 +56,11 @@ func startLoad(s *site, l *ledger, calm bool, seed uint64) *load {
 	}
 	for node := range 2 {
 		for i := range masters {
-			c, rng := s.te(node), rand.New(rand.NewPCG(seed, uint64(node<<8|i)))
+			c, rng := s.door(node, i), rand.New(rand.NewPCG(seed, uint64(node<<8|i)))
 			d.wg[0].Go(func() { d.master(ctx, node, c, rng) })
 		}
 		for i := range slaves {
-			c, rng := s.te(node), rand.New(rand.NewPCG(seed, uint64(1<<16|node<<8|i)))
+			c, rng := s.door(node, i), rand.New(rand.NewPCG(seed, uint64(1<<16|node<<8|i)))
 			d.wg[1].Go(func() { d.slave(node, c, rng) })
 		}
 	}
@@ -112,6 +113,7 @@ func (d *load) master(ctx context.Context, node int, c *etsi014.Client, rng *ran
 		case err == nil || ctx.Err() != nil:
 		case errors.As(err, &no):
 			d.empty.Add(1)
+			d.hinted("enc_keys", node, no)
 			time.Sleep(time.Duration(1+rng.IntN(10)) * time.Millisecond) // the load, not a wait
 		default:
 			d.l.wrong("enc_keys of %s: %v", names[node], err)
@@ -214,12 +216,23 @@ func (d *load) ask(node int, c *etsi014.Client, ids []key.ID, must bool) bool {
 		case !errors.As(err, &no):
 			d.l.wrong("dec_keys of %s: %v", names[node], err)
 			return false
+		case !d.hinted("dec_keys", node, no):
+			return false
 		case time.Now().After(end):
 			d.l.wrong("dec_keys of %s: not within %v: %v", names[node], bound, err)
 			return false
 		}
 		time.Sleep(5 * time.Millisecond) // the load, not a wait
 	}
+}
+
+// hinted makes sure that a 503 says when to ask again.
+func (d *load) hinted(call string, node int, no *key.Unavailable) bool {
+	ok := no.RetryAfter > 0 || !strings.Contains(no.Error(), "the KME answers")
+	if !ok {
+		d.l.wrong("%s of %s: 503 without Retry-After: %v", call, names[node], no)
+	}
+	return ok
 }
 
 // report ends a test under load.

@@ -73,8 +73,11 @@ type site struct {
 	dir   string
 	ip    [2]string
 	nodes [2]*node
+	more  *node // a second member of node 1, if there is one; it listens on moreIP
 	pair  [2]conf.Pair
 	seq   uint64 // of the newest QKD-Key file fed
+
+	moreIP string
 
 	scarce atomic.Bool // feeding waits until both nodes have few keys of their own
 }
@@ -138,14 +141,17 @@ func (s *site) qipsec(args ...string) string {
 }
 
 // sae gives a client that calls KME node with the certificate cert (.crt, .key).
-func (s *site) sae(node int, cert string) *etsi014.Client {
+func (s *site) sae(node int, cert string) *etsi014.Client { return s.saeAt(s.ip[node], node, cert) }
+
+// saeAt is sae for a member of the node.
+func (s *site) saeAt(ip string, node int, cert string) *etsi014.Client {
 	s.t.Helper()
 	f := pki.Files{CA: s.path(node, "pki", "sae-ca.crt"), Cert: cert + ".crt", Key: cert + ".key"}
 	t, err := pki.KMEClient(f, false, slog.New(slog.DiscardHandler))
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	c, err := etsi014.NewClient(etsi014.ClientConfig{URL: "https://" + s.ip[node] + ":8442", TLS: t})
+	c, err := etsi014.NewClient(etsi014.ClientConfig{URL: "https://" + ip + ":8442", TLS: t})
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -156,6 +162,15 @@ func (s *site) sae(node int, cert string) *etsi014.Client {
 // te gives a client of the node's own transmission device.
 func (s *site) te(node int) *etsi014.Client {
 	return s.sae(node, s.path(node, "pki", "saes", names[node]+"-te"))
+}
+
+// door gives a client of the node's transmission device that calls one of the node's
+// members, by turns.
+func (s *site) door(node, i int) *etsi014.Client {
+	if node == 1 && s.more != nil && i%2 == 1 {
+		return s.saeAt(s.moreIP, node, s.path(node, "pki", "saes", names[node]+"-te"))
+	}
+	return s.te(node)
 }
 
 // teOf is the SAE id of a node's transmission device.
@@ -225,8 +240,8 @@ func (s *site) keep(ctx context.Context, own, perFile int) error {
 			continue
 		}
 		low := 0
-		for _, n := range s.nodes {
-			if p, err := n.pool(ctx); err == nil && p.OwnActive+p.Received/2 < own {
+		for i := range s.nodes {
+			if p, err := s.poolOf(ctx, i); err == nil && p.OwnActive+p.Received/2 < own {
 				low++
 			}
 		}
@@ -258,9 +273,9 @@ func await(t *testing.T, what string, ok func() error) {
 // supplying waits until both nodes have keys of their own in memory.
 func (s *site) supplying() {
 	s.t.Helper()
-	for _, n := range s.nodes {
-		await(s.t, n.name+" can supply keys", func() error {
-			p, err := n.pool(s.t.Context())
+	for i := range s.nodes {
+		await(s.t, names[i]+" can supply keys", func() error {
+			p, err := s.poolOf(s.t.Context(), i)
 			if err == nil && (!p.Synced || p.Leased == 0) {
 				err = fmt.Errorf("pool %+v", p)
 			}
@@ -275,12 +290,12 @@ func (s *site) agree() operator.Pool {
 	s.t.Helper()
 	var p [2]operator.Pool
 	await(s.t, "the two nodes agree", func() error {
-		for i, n := range s.nodes {
+		for i, name := range names {
 			if w := s.waiting(i); w > 0 {
-				return fmt.Errorf("%d files wait at %s", w, n.name)
+				return fmt.Errorf("%d files wait at %s", w, name)
 			}
 			var err error
-			if p[i], err = n.pool(s.t.Context()); err != nil {
+			if p[i], err = s.poolOf(s.t.Context(), i); err != nil {
 				return err
 			}
 		}
@@ -299,8 +314,9 @@ type node struct {
 	t                 *testing.T
 	name, config, log string
 	op                *operator.Client
-	inside            []string // words before the command: where it runs
-	never             []string // what its log must not have, besides what none may
+	inside            []string    // words before the command: where it runs
+	never             []string    // what its log must not have, besides what none may
+	frozen            atomic.Bool // by SIGSTOP: it does not answer
 
 	mu     sync.Mutex
 	cmd    *exec.Cmd
@@ -421,6 +437,24 @@ func (n *node) tail() string {
 		return err.Error()
 	}
 	return string(b[max(0, len(b)-6000):])
+}
+
+// poolOf asks the node's member that has the inventory.
+func (s *site) poolOf(ctx context.Context, of int) (p operator.Pool, err error) {
+	members := []*node{s.nodes[of]}
+	if of == 1 && s.more != nil {
+		members = append(members, s.more)
+	}
+	err = errors.New("no member of " + names[of] + " answers")
+	for _, n := range members {
+		if n.frozen.Load() {
+			continue
+		}
+		if p, err = n.pool(ctx); err == nil {
+			return p, nil
+		}
+	}
+	return p, err
 }
 
 // pool asks the running daemon for its only pool.
