@@ -58,15 +58,17 @@ type lock interface {
 
 // newEngine chooses the engine by URL.
 func newEngine(opt *Options) (engine, error) {
-	scheme, rest, _ := strings.Cut(opt.URL, ":")
+	scheme, rest, ok := strings.Cut(opt.URL, ":")
 	switch {
 	case scheme == "sqlite" && rest != "":
 		return &sqliteEngine{path: rest, rootFile: opt.RootFile}, nil
-	case scheme == "postgres" || scheme == "postgresql":
+	case ok && (scheme == "postgres" || scheme == "postgresql"):
 		return newPostgres(opt)
 	}
-	// Not the URL itself: a mistyped one may hold a password.
-	return nil, fmt.Errorf("store: URL begins with %q: want sqlite:/path/to/file or postgres://host/database", clip(scheme))
+	if !ok || strings.ContainsFunc(scheme, func(r rune) bool { return r < 'a' || r > 'z' }) {
+		scheme = "" // of a mistyped URL nothing is shown that may be a password
+	}
+	return nil, fmt.Errorf("store: URL of an unknown kind %q: want sqlite:/path/to/file or postgres://host/database", scheme)
 }
 
 // querier is *sql.DB, *sql.Conn or *sql.Tx.

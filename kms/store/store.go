@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"github.com/q-ipsec/q-ipsec/kms/key"
 )
@@ -197,8 +198,9 @@ func (s *Store) shut() error {
 	if s.lock != nil {
 		errs = append(errs, s.lock.Close())
 	}
-	if s.files != nil {
-		errs = append(errs, s.files.Close()) // last: the locks cover all before
+	if s.files != nil { // last: the locks cover all before
+		// Not left to Close: a child that was just forked still has the file open.
+		errs = append(errs, unix.Flock(int(s.files.Fd()), unix.LOCK_UN), s.files.Close())
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("store: close: %w", err)

@@ -5,6 +5,7 @@
 package pgtest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -164,6 +165,16 @@ func (s *Server) Promote(ctx context.Context) error {
 // Exec runs SQL in a database.
 func (s *Server) Exec(ctx context.Context, database, sql string) error {
 	return s.run(ctx, "psql", "-h", s.Dir, "-U", "owner", "-q", "-v", "ON_ERROR_STOP=1", "-d", database, "-c", sql)
+}
+
+// Restore runs what pg_dump wrote.
+func (s *Server) Restore(ctx context.Context, database string, dump []byte) error {
+	cmd := s.command(ctx, "psql", "-h", s.Dir, "-U", "owner", "-q", "-v", "ON_ERROR_STOP=1", "-d", database)
+	cmd.Stdin = bytes.NewReader(dump)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("pgtest: psql: %w: %s", err, out)
+	}
+	return nil
 }
 
 // Output runs one of PostgreSQL's programs against the server, such as pg_dump.
