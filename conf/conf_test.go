@@ -760,3 +760,39 @@ func TestRootCredential(t *testing.T) {
 		}
 	}
 }
+
+func TestInventoryURL(t *testing.T) {
+	read := func(url, file string) (*Node, error) {
+		text := strings.Replace(sample(t), `# inventory = "sqlite:/var/lib/q-ipsec/inventory.db"`, `inventory = "`+url+`"`, 1)
+		return ParseNode("x", "/etc/q", []byte(strings.Replace(text, `# inventory_password_file = ""`, `inventory_password_file = "`+file+`"`, 1)))
+	}
+	for _, tc := range []struct{ url, file, inventory, passwordFile string }{
+		{"", "", "sqlite:/var/lib/q-ipsec/inventory.db", ""},
+		{"sqlite:/srv/q/x.db", "", "sqlite:/srv/q/x.db", ""},
+		{"postgres://u@h/d", "pw", "postgres://u@h/d", "/etc/q/pw"},
+		{"postgresql:///d?host=/run/postgresql", "", "postgresql:///d?host=/run/postgresql", ""},
+		{"postgres://u@%2Frun%2Fpostgresql/d", "", "postgres://u@%2Frun%2Fpostgresql/d", ""},
+		{"postgres://u:pw@h1,h2:5433/d?target_session_attrs=read-write", "", "postgres://u:pw@h1,h2:5433/d?target_session_attrs=read-write", ""},
+	} {
+		n, err := read(tc.url, tc.file)
+		if err != nil || n.Inventory != tc.inventory || n.InventoryPassword != tc.passwordFile {
+			t.Errorf("%q, %q: %+v, %v", tc.url, tc.file, n, err)
+		}
+	}
+	for _, tc := range []struct{ url, file, says string }{
+		{"/srv/x.db", "", "want sqlite:"},
+		{"sqlite:x.db", "", "want sqlite:"},
+		{"mysql://u:s3cret@h/d", "", "want sqlite:"},
+		{"postgres:u:s3cret@h", "", "want sqlite:"},
+		{"postgres://u:s3cret%zz@h/d", "", "not a URL"},
+		{"postgres://u:s3cret@h", "", "names no database"},
+		{"postgres://h/d?password=s3cret&x=%zz", "", "cannot be read"},
+		{"postgres://u:s3cret@h/d", "pw", "has a password"},
+		{"postgres://h/d?password=s3cret", "pw", "has a password"},
+		{"", "pw", "only PostgreSQL"},
+	} {
+		if _, err := read(tc.url, tc.file); err == nil || !strings.Contains(err.Error(), "node.inventory") || !strings.Contains(err.Error(), tc.says) || strings.Contains(err.Error(), "s3cret") {
+			t.Errorf("%q, %q: %v", tc.url, tc.file, err)
+		}
+	}
+}

@@ -1,7 +1,6 @@
 package conf
 
 import (
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -279,33 +278,6 @@ func (r *reader) remotes(field string, list []string, other, address string) (ou
 	}
 	return out
 }
-
-// inventory takes the URL of the database. What is wrong with one of PostgreSQL the
-// store says when it connects.
-func (r *reader) inventory(n *Node, raw rawNodeSection) {
-	n.Inventory = parse(r, "node.inventory", raw.Inventory, sqliteURL+filepath.Join(n.StateDir, "inventory.db"), func(s string) (string, error) {
-		if path, ok := strings.CutPrefix(s, sqliteURL); ok && !filepath.IsAbs(path) || !ok && !postgres(s) {
-			return "", errors.New("want sqlite:/PATH or postgres://HOST/DATABASE")
-		}
-		return s, nil
-	})
-	if raw.InventoryPassword == "" {
-		return
-	}
-	n.InventoryPassword = r.path("node.inventory_password_file", raw.InventoryPassword, "")
-	if !n.Shared() {
-		r.fault("node.inventory_password_file", "only PostgreSQL takes a password: set node.inventory to its URL")
-	}
-}
-
-const sqliteURL = "sqlite:"
-
-func postgres(url string) bool {
-	return strings.HasPrefix(url, "postgres://") || strings.HasPrefix(url, "postgresql://")
-}
-
-// Shared tells whether the inventory is one that several machines can share.
-func (n *Node) Shared() bool { return postgres(n.Inventory) }
 
 // collide tells whether one machine cannot listen on both. On [::] it listens on
 // all addresses of IPv4 as well.

@@ -41,6 +41,14 @@
 // with empty pools. An older database of the same epoch cannot be told from
 // the newest one here; the peer's SYNC finds it, see AdoptMark.
 //
+// # Several nodes
+//
+// On PostgreSQL several nodes may share an inventory, one at a time
+// (docs/decisions/0007): others Await their turn. Every transaction checks that
+// its process is still the one; a root file that is behind is stepped forward,
+// with an alarm, instead of ErrOldRoot; and a database on another server or
+// timeline than its node row says has all its keys given up.
+//
 // Go's AES keeps expanded keys on the heap, where they cannot be wiped; roots
 // and keys themselves are in key.Material.
 package store

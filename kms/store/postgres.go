@@ -311,7 +311,7 @@ func explainPostgres(err error) error {
 	}
 	var c *pgconn.ConnectError
 	var n net.Error
-	if errors.As(err, &c) || errors.As(err, &n) && !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, pgconn.ErrConnClosed) || errors.Is(err, io.ErrUnexpectedEOF) {
+	if errors.As(err, &c) || errors.As(err, &n) && !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, pgconn.ErrConnClosed) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, driver.ErrBadConn) {
 		return fmt.Errorf("%w: %w; look whether it runs and what its log says", ErrUnreachable, err)
 	}
 	return err
