@@ -8,6 +8,7 @@
 #         cells        each CELL of node b, and three of node a; ALL=1: all of a too
 #         crash        everything killed, SAs and charon's policies flushed, as by a reset
 #         upgrade      everything stopped, the plugin taken out and put back
+#         kept         the SPD is flushed under qipsecd's eyes; the operator removes the guard
 #         peer_in_r    a's remote_ts contains the address of b, for IKE and Type-1
 #         peer_in_both likewise at both ends, and each local_ts its own address
 #   CELL  NODE:HOW:WHAT     HOW: stop, kill; WHAT: charon, qipsecd, both (at once), or
@@ -292,6 +293,37 @@ crash() {
     check "crash: nothing was used twice" nothing_reused
 }
 
+# told N SEVERITY TEXT: qipsecd of N has reported of the guard since mark_guard N.
+mark_guard() { guard_mark=$(wc -l <"$GW/$1/log/qipsecd.log"); }
+told() { tail -n +$((guard_mark + 1)) "$GW/$1/log/qipsecd.log" | grep -qE "$3.*event=ipsec-guard severity=$2"; }
+# explained N REGEXP: `qipsec explain` of N has such a line.
+explained() { grep -qE -- "$2" <<<"$(qipsec "$1" explain a-b 2>&1)"; }
+
+kept() {
+    guarded_both || fail "kept: no guard to begin with"
+    pings_start kept
+    flows kept || fail "kept: no traffic to begin with"
+    mark_guard a
+    node a ip xfrm policy flush || fail "kept: nothing is flushed"
+    check "kept: without policies at a the guard is missing" eval '! guarded a'
+    check "kept: qipsecd puts it back" await 45 guarded a
+    check "kept: with an alarm" await 10 told a alarm 'was not in place any more'
+    check "kept: explain tells of it" explained a 'guard: in place at .*it was lost and put back'
+    check "kept: charon's policies come back as well, and traffic flows" await 60 one_ping ha 10.2.0.2
+    flows kept || fail "kept: no traffic"
+    pings_end kept
+
+    mark_guard a
+    node a "$BIN/qipsec" guard remove >>"$GW/a/log/guard.log" 2>&1 || fail "kept: the guard is not removed"
+    check "kept: what the operator removes stays away, with an alarm" await 45 told a alarm 'the operator has removed'
+    check "kept: explain tells of it" explained a 'guard: removed by the operator'
+    sleep 35 # the comparison after that
+    check "kept: nor does the next comparison put it back" eval '! guarded a'
+    guard a
+    check "kept: installed again it is in place" guarded a
+    check "kept: which is told" await 45 told a run 'the guard is in place'
+}
+
 upgrade() {
     local n d
     capture_start upgrade || fail "tcpdump does not capture"
@@ -409,7 +441,7 @@ rekeys_and_crashes() {
 
 main() {
     local n part
-    [ $# -gt 0 ] || set -- boot cells crash upgrade peer_in_r peer_in_both
+    [ $# -gt 0 ] || set -- boot cells crash kept upgrade peer_in_r peer_in_both
     gw_up && site_up && sftp_intake || fail "cannot prepare"
     for n in a b; do
         sed -i 's/^policy = .*/&\ndpd_delay = "2s"/' "$GW/$n/run/etc/qipsecd.toml"
