@@ -58,10 +58,7 @@ func newLab(ctx context.Context, o options, number int, edit func(string) string
 	if l.dir, err = filepath.Abs(l.dir); err != nil {
 		return nil, err
 	}
-	pid := os.Getpid()
-	for i := range l.ip {
-		l.ip[i] = fmt.Sprintf("127.%d.%d.%d", 128+pid>>7&63, 1+pid&127, 10*number+1+i)
-	}
+	copy(l.ip[:], addresses(number))
 	init := exec.CommandContext(ctx, filepath.Join(l.bin, "qipsec"), "init", "--pair", "a", "b", "--here", "--no-ipsec", "--out", l.dir, "--force", "--address", l.ip[0]+","+l.ip[1])
 	if out, err := init.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("qipsec init: %w: %s", err, out)
@@ -72,6 +69,16 @@ func newLab(ctx context.Context, o options, number int, edit func(string) string
 		}
 	}
 	return l, nil
+}
+
+// addresses are on loopback: those of a lab's nodes, and one more.
+func addresses(number int) []string {
+	pid := os.Getpid()
+	out := make([]string, 3)
+	for i := range out {
+		out[i] = fmt.Sprintf("127.%d.%d.%d", 128+pid>>7&63, 1+pid&127, 10*number+1+i)
+	}
+	return out
 }
 
 func (l *lab) startNode(ctx context.Context, i int, node string, edit func(string) string, inside []string) error {

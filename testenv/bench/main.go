@@ -98,7 +98,7 @@ func measure(ctx context.Context, o options, w io.Writer) (err error) {
 	}
 	name, load := machine()
 	fmt.Fprintf(w, "%s, %s\n", name, load)
-	for _, part := range []func(context.Context, options, *table) error{supplyRows, intakeRow, inventoryRows} {
+	for _, part := range []func(context.Context, options, *table) error{supplyRows, siteRows, intakeRow, inventoryRows} {
 		if err := part(ctx, o, &t); err != nil {
 			return err
 		}

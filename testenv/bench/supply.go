@@ -344,9 +344,10 @@ func column(turns []turn, of func(turn) float64) sample {
 	return out
 }
 
-// newSupply starts two nodes and, with each one's certificate, a bare server.
-func newSupply(ctx context.Context, o options) (*supply, error) {
-	l, err := newLab(ctx, o, 0, func(s string) string { return s }, func(int) []string { return nil })
+// newSupply starts two nodes and, with each one's certificate, a bare server; number
+// and edit are newLab's.
+func newSupply(ctx context.Context, o options, number int, edit func(string) string) (*supply, error) {
+	l, err := newLab(ctx, o, number, edit, func(int) []string { return nil })
 	if err != nil {
 		return nil, err
 	}
@@ -377,7 +378,7 @@ func newSupply(ctx context.Context, o options) (*supply, error) {
 // supplyRows measures the calls of SAEs, and the set-up of tunnels with keys of
 // the same nodes.
 func supplyRows(ctx context.Context, o options, t *table) (err error) {
-	s, err := newSupply(ctx, o)
+	s, err := newSupply(ctx, o, 0, func(s string) string { return s })
 	if err != nil {
 		return err
 	}

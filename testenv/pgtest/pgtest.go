@@ -93,11 +93,14 @@ func prepare(ctx context.Context) (*Server, error) {
 	return s, nil
 }
 
+// ErrNotInstalled is what Start gives where there is no PostgreSQL to start.
+var ErrNotInstalled = errors.New("pgtest: no PostgreSQL in /usr/lib/postgresql: run scripts/deps.sh test")
+
 // binaries finds the newest PostgreSQL of Debian's packages.
 func binaries() (string, error) {
 	dirs, err := filepath.Glob("/usr/lib/postgresql/*/bin")
 	if err != nil || len(dirs) == 0 {
-		return "", errors.New("pgtest: no PostgreSQL in /usr/lib/postgresql: run scripts/deps.sh test")
+		return "", ErrNotInstalled
 	}
 	version := func(dir string) int {
 		n, _ := strconv.Atoi(filepath.Base(filepath.Dir(dir))) // 0: not a version
