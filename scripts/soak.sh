@@ -4,6 +4,9 @@
 # usage: [PART="NAME ..."] [COUNT=N] [SEED=N] [FRESH=1] scripts/soak.sh
 #
 #   kill9       two nodes under load, one or both killed 1,000 times (testenv/twonodes)
+#   site        a node of two machines on one PostgreSQL, under load: the leader killed 150
+#               times, stopped 10 times for longer than the server waits, PostgreSQL
+#               crashed 20 times, both machines started at once 60 times
 #   full-speed  two nodes issue keys at full speed at once for 5 minutes
 #   rekeys      10,000 CHILD_SA rekeys, as fast as both ends allow, under numbered UDP
 #               packets, beside a stock tunnel (testenv/udp-rekeys.sh)
@@ -18,8 +21,9 @@
 #   model       every model of what two nodes agree on (testenv/model/run.sh)
 #   fuzz        every fuzz target for 30 s
 #
-# kill9 and full-speed come first, alone; of the rest two run at a time.
-# COUNT overrides the counts of kill9 and rekeys and the seconds of full-speed.
+# kill9, site and full-speed come first, alone; of the rest two run at a time.
+# COUNT overrides the counts of kill9, site (kills; the others in proportion) and
+# rekeys and the seconds of full-speed.
 # Of kill9 and rekeys a few are measured first: where the full count would take
 # longer than the part's share of 90 minutes, the largest that does not is run,
 # and the table says so.
@@ -32,7 +36,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-alone="kill9 full-speed"
+alone="kill9 site full-speed"
 all="$alone rekeys matrix late ike restarts suites supply fuzz model"
 out=out/soak
 end=$((SECONDS + 90 * 60))
@@ -80,6 +84,14 @@ part_kill9() {
     twonodes "$limit" "$out/kill9.log" TestKill9 -kills "$count" -seed "$seed" || return
     note=$(sed -nE 's/.*: ([0-9]+ kills in .* while both nodes supplied)$/\1/p' "$out/kill9.log" | tail -1)
     note+="; $(grep -oE '[0-9]+ pairs equal, [0-9]+ keys stranded' "$out/kill9.log" | tail -1)"
+}
+
+part_site() {
+    count=${COUNT:-150}
+    wanted=150
+    twonodes "$(share $((count * 10 + 300)))" "$out/site.log" 'TestSite.*' -site-kills "$count" -site-freezes "$((count / 15 + 1))" \
+        -site-outages "$((count / 8 + 1))" -site-starts "$((count * 2 / 5 + 1))" -seed "$seed" || return
+    note="kills of the leader and the rest in proportion; supply came back within $(sed -nE 's/.*supply came back within (.*)$/\1/p' "$out/site.log" | sort -V | tail -1)"
 }
 
 part_full-speed() {

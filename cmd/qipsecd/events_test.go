@@ -115,6 +115,40 @@ func TestRecorderNeverBlocksAndTellsOfGaps(t *testing.T) {
 	}
 }
 
+// A server that is away for a while takes nothing out of the history; what is left
+// when another process has the inventory is said to be lost.
+func TestRecorderOfAMember(t *testing.T) {
+	var log strings.Builder
+	f := &fakeJournal{err: store.ErrUnreachable}
+	r := newRecorder(slog.New(slog.NewTextHandler(&log, nil)))
+	r.source("site").Event("BEFORE", "run", "in memory only")
+	r.flush(t.Context()) // nowhere to yet
+	r.keep(f)
+	const n = batchSize + 3
+	for range n {
+		r.supply(ksa.Event{Kind: ksa.Supplied})
+	}
+	r.source("site").Event("WHILE", "run", "kept")
+	for range 3 {
+		r.flush(t.Context())
+	}
+	f.err = nil
+	r.flush(t.Context())
+	if len(f.rows) != n || len(f.events) != 1 || f.events[0].Code != "WHILE" || strings.Contains(log.String(), "gap") {
+		t.Errorf("%d rows of %d, events %v, log %s", len(f.rows), n, f.events, &log)
+	}
+	r.supply(ksa.Event{Kind: ksa.Supplied})
+	r.keep(nil)
+	r.flush(t.Context())
+	if r.keep(f); !strings.Contains(log.String(), "rows=1") {
+		t.Errorf("log: %s", &log)
+	}
+	r.flush(t.Context())
+	if len(f.rows) != n {
+		t.Error("a row of one reign was written in the next one")
+	}
+}
+
 // storm reports another event whenever one was written.
 type storm struct {
 	*fakeJournal

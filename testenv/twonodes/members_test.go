@@ -160,8 +160,13 @@ func (d *load) moving() time.Duration {
 	return time.Since(began)
 }
 
-// settle compares what both nodes hold, ends the load, and reports.
-func (s *site) settle(d *load, stop func()) {
+// mostStranded is what can be on its way between the SAEs when a leader goes: the
+// tickets of all masters, slaves and queues, each of at most 32 keys.
+const mostStranded = 2 * (masters + slaves + killBacklog) * 32
+
+// settle compares what both nodes hold, ends the load, and reports. The leader may
+// have changed so many times.
+func (s *site) settle(d *load, stop func(), changes int) {
 	s.t.Helper()
 	resume := d.pause()
 	stop()
@@ -172,6 +177,9 @@ func (s *site) settle(d *load, stop func()) {
 	resume()
 	d.end()
 	d.report(s.t)
+	if _, _, stranded := d.l.count(); stranded > changes*mostStranded {
+		s.t.Errorf("%d keys are at one side only, after %d changes of leader", stranded, changes)
+	}
 }
 
 const memberConfig = "intake_interval = \"50ms\"\nlease = 64\nratchet_keys = 2000\n"
@@ -214,7 +222,7 @@ func TestSiteKill9(t *testing.T) {
 		}
 	}
 	s.roles()
-	s.settle(d, stop)
+	s.settle(d, stop, *siteKills)
 	t.Logf("%d kills of the leader; supply came back within %v", *siteKills, worst.Round(time.Millisecond))
 }
 
@@ -238,7 +246,7 @@ func TestSiteFrozenLeader(t *testing.T) {
 			break
 		}
 	}
-	s.settle(d, stop)
+	s.settle(d, stop, *siteFreezes)
 }
 
 func (n *node) freeze() { n.signal(syscall.SIGSTOP); n.frozen.Store(true) }
@@ -331,7 +339,7 @@ func TestSitePostgresOutage(t *testing.T) {
 		}
 	}
 	s.roles()
-	s.settle(d, stop)
+	s.settle(d, stop, *siteOutages)
 	t.Logf("%d outages of PostgreSQL; supply came back within %v", *siteOutages, worst.Round(time.Millisecond))
 }
 
@@ -377,7 +385,7 @@ func TestSiteStartsAtOnce(t *testing.T) {
 			break
 		}
 	}
-	s.settle(d, stop)
+	s.settle(d, stop, *siteStarts)
 	t.Logf("%d starts at once; who led: %v", *siteStarts, first)
 }
 
