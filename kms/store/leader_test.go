@@ -235,6 +235,36 @@ func TestLockConnectionBreaks(t *testing.T) {
 	}
 }
 
+// A leader that changes nothing finds out, too, that another node has its lock and
+// has begun; while that has only the lock, it may still be ours again.
+func TestDeposedWithoutAChange(t *testing.T) {
+	t.Parallel()
+	a, b := site(t)
+	old, ctx := mustOpen(t, a), testContext(t)
+	old.endBeats() // they are made below
+	schema := old.eng.(*postgresEngine).schema
+	eng, err := newPostgres(&b)
+	must(t, err)
+	endLock(t, schema)
+	var other lock
+	waitFor(t, "another node has the lock", func() bool { other, err = eng.own(ctx); return err == nil })
+	for range 2 { // the first one finds its connection broken
+		if err := old.hold(ctx); err == nil || errors.Is(err, ErrDeposed) {
+			t.Errorf("another node has the lock and has not begun: %v", err)
+		}
+	}
+	must(t, other.Close())
+	must(t, old.hold(ctx))
+	endLock(t, schema)
+	var next *Store
+	waitFor(t, "another node begins", func() bool { next, err = Open(ctx, b); return err == nil })
+	defer next.Close()
+	_ = old.hold(ctx) // its connection is broken
+	if err := old.hold(ctx); !errors.Is(err, ErrDeposed) {
+		t.Errorf("another node has begun: %v", err)
+	}
+}
+
 // A process that is stopped with SIGSTOP loses the inventory after some seconds,
 // and finds that out when it goes on.
 func TestStoppedLeader(t *testing.T) {
