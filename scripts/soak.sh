@@ -14,6 +14,8 @@
 #   suites      every type of SA beside charon's own (testenv/suites.sh)
 #   restarts    every restart of testenv/restarts.sh
 #   ike         every part of testenv/ike.sh, with 100 connections in one gateway
+#   forged      what an attacker on the wire can do to keys (testenv/forged.sh)
+#   collision   rekeyings that end by halves (testenv/collision.sh)
 #   supply      rekeyings that follow the supply of keys (testenv/supply.sh)
 #   late        every step of the plugin's socket cut, late, lost and repeated, within
 #               2 s for a CHILD_SA, and 40 rekeys while either qipsecd is stopped again
@@ -37,7 +39,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 alone="kill9 site full-speed"
-all="$alone rekeys matrix late ike restarts suites supply fuzz model"
+all="$alone rekeys matrix late ike restarts suites supply forged collision fuzz model"
 out=out/soak
 end=$((SECONDS + 90 * 60))
 seed=${SEED:-$((RANDOM * 32768 + RANDOM + 1))}
@@ -152,6 +154,8 @@ part_matrix() {
 part_suites() { TESTENV_MEM=1G scenario 600 suites testenv/run testenv/suites.sh; }
 part_restarts() { ALL=1 TESTENV_PASS=ALL scenario 1500 restarts testenv/run testenv/restarts.sh; }
 part_ike() { COUNT=100 TESTENV_MEM=1G scenario 1800 ike testenv/run testenv/ike.sh; }
+part_forged() { scenario 900 forged testenv/run testenv/forged.sh; }
+part_collision() { scenario 600 collision testenv/run testenv/collision.sh; }
 part_supply() { scenario 300 supply testenv/run testenv/supply.sh; }
 
 part_late() {

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 export TESTENV_TIMEOUT=1800
 exec bin/testrun -out out/test -parallel 3 \
     "testenv/run testenv/matrix.sh" \
-    "testenv/run testenv/restarts.sh b:kill:qipsecd b:kill:both crash" \
+    "testenv/run testenv/restarts.sh b:kill:qipsecd b:kill:both crash kept" \
     "testenv/run testenv/late.sh" \
     "testenv/run testenv/lifetimes.sh" \
     "testenv/run testenv/ike.sh children reauth" \
@@ -18,6 +18,8 @@ exec bin/testrun -out out/test -parallel 3 \
     "testenv/run testenv/suites.sh aes256gcm16 chacha20poly1305 aes256-sha256 esn-window-4096 v6 both-in-v6 transport transport-v6 encap marks if-id copy-dscp-in age-bytes-packets" \
     "testenv/run testenv/demo.sh" \
     "testenv/run testenv/netns.sh" \
+    "testenv/run testenv/collision.sh" \
+    "testenv/run testenv/forged.sh forge-cookie strip replay forge-complete" \
     "testenv/run testenv/rekeys.sh" \
     "testenv/run testenv/secrets.sh" \
     "testenv/model/run.sh quick" \
