@@ -37,7 +37,7 @@
 // it holds the keys for Claim from then on and never hands them out, and the
 // receiver may take them once its own record of that mark is durable. What goes by
 // position therefore goes by owner, too: floors, BURN, sweep and what may be put
-// back. docs/model.md has the rules, decision 0009 who gives how much.
+// back. docs/model.md has the rules, decision 0013 who gives how much.
 //
 // # Expiry
 //
