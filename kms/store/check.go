@@ -175,6 +175,9 @@ func (r *Report) inventory(ctx context.Context, s *Store) {
 	if err != nil {
 		r.fail(err)
 	}
+	if err := s.readLedger(ctx, s.snap, pools); err != nil {
+		r.fail(err)
+	}
 	found, err := s.readBlocks(ctx, s.snap, pools)
 	if err != nil {
 		r.fail(err)

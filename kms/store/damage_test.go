@@ -143,7 +143,7 @@ func TestChangedRows(t *testing.T) {
 		{"ids of another block", `UPDATE part SET ids = (SELECT ids FROM part WHERE seq = 3) WHERE seq = 2`, nil, 10},
 		{"part missing", `DELETE FROM part WHERE seq = 1 AND part = 1`, nil, allKeys - 10},
 		{"part short", `UPDATE part SET box = x'010203' WHERE seq = 1 AND part = 1`, nil, allKeys - 10},
-		{"another pool's", `INSERT INTO pool SELECT x'00', peer, role, class, newest_seq, own_mark, peer_mark, peer_generation, epoch, proof FROM pool`, ErrDamaged, 0},
+		{"another pool's", `INSERT INTO pool SELECT x'00', peer, role, class, newest_seq, own_mark, peer_mark, peer_generation, epoch, proof, ledger FROM pool`, ErrDamaged, 0},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			dir := damaged(t)

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/uuid"
+
 	"github.com/q-ipsec/q-ipsec/kms/key"
 )
 
@@ -192,6 +194,9 @@ type facts struct {
 	put     []uint64 // told to be stored
 	active  []uint64
 	dropped []uint64 // asked to be destroyed
+
+	binding, bound []key.Binding // asked for, and told to be
+	settling       bool          // the first of them was asked to be settled
 }
 
 // script is a life of a store; it stops at the first error. retry says how often
@@ -248,9 +253,39 @@ func script(t testing.TB, ctx context.Context, s *Store, f *facts, retry int) er
 		return err
 	}
 	ratchet := simple(nil, func() error { return s.Ratchet(ctx) })
+	// Keys 1/42 to 1/50 are leased for raw use.
+	rawLease := func() error {
+		f.tried[0] = key.At(1, 50)
+		if err := try(nil, func() error { return s.Advance(ctx, testPool, Own, key.At(1, 50), PurposeRaw, 1) }); err != nil {
+			return err
+		}
+		f.marks[0] = key.At(1, 50)
+		return try(nil, func() error { return f.use(t)(s.LoadRaw(ctx, testPool, Own, key.At(1, 40), key.At(1, 50))) })
+	}
+	bind := func(first, last uint32, batch byte) func() error {
+		return func() error {
+			b := bindingOf(1, first, last, key.RawUse{Purpose: key.Pad, Batch: uuid.UUID{batch}, Attempt: 1, Hop: 1, Direction: key.Forward})
+			f.binding = append(f.binding, b)
+			if err := try(nil, func() error { return s.Bind(ctx, testPool, Own, b) }); err != nil {
+				return err
+			}
+			f.bound = append(f.bound, b)
+			b.Batch = uuid.UUID{99}
+			if err := s.Bind(ctx, testPool, Own, b); !errors.Is(err, ErrBound) && !errors.Is(err, errInjected) {
+				t.Fatalf("bound to a second use: %v", err)
+			}
+			return nil
+		}
+	}
+	settle := func() error {
+		u := f.bound[0].RawUse
+		f.settling = true
+		return try(ErrNotBound, func() error { return s.Settle(ctx, testPool, Own, u, key.RawUsed, "") })
+	}
 	for i, step := range []func() error{
 		simple(nil, func() error { return s.EnsurePool(ctx, testPool, "bob", key.Master, key.Direct) }),
-		put(1, 2100), activate(1), put(2, 10), advance(Own, key.At(1, 40)), advance(Peer, key.At(1, 21)), ratchet, adopt, activate(2),
+		put(1, 2100), activate(1), put(2, 10), advance(Own, key.At(1, 40)), advance(Peer, key.At(1, 21)),
+		rawLease, bind(42, 44, 1), bind(46, 46, 2), settle, ratchet, adopt, activate(2),
 		simple(nil, func() error {
 			return s.Record(ctx, []Event{{Pool: testPool, State: key.Supplied}, {Pool: testPool, State: key.Stranded}})
 		}),
@@ -271,7 +306,15 @@ func script(t testing.TB, ctx context.Context, s *Store, f *facts, retry int) er
 
 // load reads and checks a range.
 func (f *facts) load(t testing.TB, ctx context.Context, s *Store, side Side, from, to key.Position) error {
-	keys, err := s.Load(ctx, testPool, side, from, to)
+	return f.use(t)(s.Load(ctx, testPool, side, from, to))
+}
+
+// use checks what was read.
+func (f *facts) use(t testing.TB) func([]LeasedKey, error) error {
+	return func(keys []LeasedKey, err error) error { return f.took(t, keys, err) }
+}
+
+func (f *facts) took(t testing.TB, keys []LeasedKey, err error) error {
 	defer wipeAll(keys)
 	for _, k := range keys {
 		if f.out[k.Position] {
@@ -326,6 +369,7 @@ func (f *facts) verify(t testing.TB, ctx context.Context, opt Options) {
 	if st.Damaged != 0 {
 		t.Fatalf("%d blocks damaged by a crash", st.Damaged)
 	}
+	f.ledger(t, ctx, s)
 	must(t, s.Ratchet(ctx))
 	before := len(f.out)
 	for _, b := range list {
@@ -340,6 +384,28 @@ func (f *facts) verify(t testing.TB, ctx context.Context, opt Options) {
 	}
 	if got := len(f.out) - before; got != st.Keys {
 		t.Fatalf("%d keys came out after the crash, the levels said %d", got, st.Keys)
+	}
+}
+
+// ledger holds what is bound after a crash against what was told, and burns it.
+func (f *facts) ledger(t testing.TB, ctx context.Context, s *Store) {
+	list, err := s.Bindings(ctx, testPool)
+	must(t, err)
+	for i, b := range f.binding {
+		there := slices.Contains(list, Bound{Own, b, true})
+		settled := i == 0 && f.settling
+		if !there && slices.Contains(f.bound, b) && !settled {
+			t.Fatalf("binding %v is lost", b)
+		}
+		if err := s.Bind(ctx, testPool, Own, b); !errors.Is(err, ErrSpent) {
+			t.Fatalf("bound again after a restart: %v", err)
+		}
+		if there {
+			must(t, s.Settle(ctx, testPool, Own, b.RawUse, key.RawBurned, "crash"))
+		}
+	}
+	if left, err := s.Bindings(ctx, testPool); err != nil || len(left) > 0 {
+		t.Fatalf("bindings that nobody made: %v, %v", left, err)
 	}
 }
 

@@ -56,8 +56,16 @@ func (s *Store) Advance(ctx context.Context, pool uuid.UUID, side Side, mark key
 	}
 	old := p.info.mark(side)
 	info, what, err := p.info.advance(side, mark, generation)
-	if err != nil || info == p.info {
+	if err != nil {
 		return err
+	}
+	if mark == old {
+		if err := p.raw[side.at()].repeated(p.spent[side.at()], mark, purpose); err != nil {
+			return fmt.Errorf("store: %s: %w", what, err)
+		}
+	}
+	if info == p.info {
+		return nil
 	}
 	ev := Event{Side: side, State: key.Leased, First: old + 1, Last: mark, Detail: fmt.Sprintf("%s, generation %d", purpose, generation)}
 	for _, h := range p.blocks {
@@ -65,7 +73,13 @@ func (s *Store) Advance(ctx context.Context, pool uuid.UUID, side Side, mark key
 			ev.Count += h.left(info.owner(side), old) - h.left(info.owner(side), mark)
 		}
 	}
-	return s.setMarks(ctx, p, info, what, ev, p.spent)
+	if err := s.setMarks(ctx, p, info, what, ev, p.spent); err != nil {
+		return err
+	}
+	if mark > old {
+		p.raw[side.at()].leased(old, mark, purpose)
+	}
+	return nil
 }
 
 // advance gives the row with side's mark raised to mark, and words for that.
@@ -106,7 +120,11 @@ func (s *Store) AdoptMark(ctx context.Context, pool uuid.UUID, side Side, mark k
 	if err != nil {
 		return 0, err
 	}
-	return s.forgo(ctx, p, p.info, side, mark, Event{State: key.Destroyed, Detail: "given up: mark adopted"})
+	n, err := s.forgo(ctx, p, p.info, side, mark, Event{State: key.Destroyed, Detail: "given up: mark adopted"})
+	if err == nil {
+		p.raw[side.at()].abandoned(mark) // what was read, too: its lease is over
+	}
+	return n, err
 }
 
 // Expire gives up, durably, every key of side up to mark that was not read yet, as
@@ -146,7 +164,11 @@ func (s *Store) forgo(ctx context.Context, p *pool, info PoolInfo, side Side, ma
 	}
 	ev.Side, ev.First, ev.Last = side, spent[side.at()]+1, mark
 	spent[side.at()] = mark
-	return ev.Count, s.setMarks(ctx, p, info, fmt.Sprintf("give up %s keys up to %s of pool %s", side, mark, info.ID), ev, spent)
+	if err := s.setMarks(ctx, p, info, fmt.Sprintf("give up %s keys up to %s of pool %s", side, mark, info.ID), ev, spent); err != nil {
+		return ev.Count, err
+	}
+	p.raw[side.at()].read(mark)
+	return ev.Count, nil
 }
 
 // setMarks makes info the pool's row and spent what is spent, with ev unless
@@ -194,6 +216,11 @@ type LeasedKey struct {
 // and from is given up. A block that turns out damaged is left out and
 // destroyed with an alarm event; an error leaves the range unread.
 func (s *Store) Load(ctx context.Context, pool uuid.UUID, side Side, from, to key.Position) ([]LeasedKey, error) {
+	return s.load(ctx, pool, side, from, to, false)
+}
+
+// load is Load, or LoadRaw.
+func (s *Store) load(ctx context.Context, pool uuid.UUID, side Side, from, to key.Position, forRaw bool) ([]LeasedKey, error) {
 	if err := side.check(); err != nil {
 		return nil, err
 	}
@@ -213,6 +240,9 @@ func (s *Store) Load(ctx context.Context, pool uuid.UUID, side Side, from, to ke
 		return nil, fmt.Errorf("store: %s: %w: up to %s", what, ErrSpent, p.spent[side.at()])
 	case to > p.info.mark(side):
 		return nil, fmt.Errorf("store: %s: %w: the mark is %s", what, ErrAhead, p.info.mark(side))
+	}
+	if err := p.raw[side.at()].allows(from, to, forRaw); err != nil {
+		return nil, fmt.Errorf("store: %s: %w", what, err)
 	}
 	var keys []LeasedKey
 	var found []*damage
@@ -236,6 +266,10 @@ func (s *Store) Load(ctx context.Context, pool uuid.UUID, side Side, from, to ke
 	}
 	s.mem.Lock()
 	p.spent[side.at()] = to
+	p.raw[side.at()].read(to)
+	if forRaw {
+		p.raw[side.at()].gave(keys)
+	}
 	s.stats.KeysRead += len(keys)
 	s.mem.Unlock()
 	s.sinceRatchet += len(keys)

@@ -249,6 +249,7 @@ func (s *Store) begin(ctx context.Context) error {
 		if found, err = s.readAll(ctx, tx); err != nil {
 			return err
 		}
+		s.ledgerFirst = s.ledgerNext
 		if err := s.putNode(ctx, tx); err != nil {
 			return err
 		}
@@ -265,6 +266,7 @@ func (s *Store) begin(ctx context.Context) error {
 		}
 		for _, p := range s.pools {
 			p.spent = [2]key.Position{p.info.Mark, p.info.PeerMark}
+			p.floor = p.spent
 			s.forget(p, gone[p]...)
 			drop := s.dropDone
 			if moved {

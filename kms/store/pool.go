@@ -88,6 +88,11 @@ type pool struct {
 	// before it. Never goes back, never above the mark.
 	spent  [2]key.Position
 	blocks []*header // by seq; a header is replaced, never changed
+
+	floor   [2]key.Position // by side: the marks when this process began
+	raw     [2]raw
+	entries []entry // the ledger's, by serial
+	sum     string  // their digest as it was read
 }
 
 // find gives the place of seq in p.blocks.
@@ -178,12 +183,17 @@ func (s *Store) poolOf(id uuid.UUID) (*pool, error) {
 
 // putPool writes p's row with a proof of the current epoch.
 func (s *Store) putPool(ctx context.Context, tx *sql.Tx, p *PoolInfo) error {
+	return s.putPoolWith(ctx, tx, p, digest(s.pools[p.ID].entries))
+}
+
+// putPoolWith is putPool with the digest of another ledger than memory's.
+func (s *Store) putPoolWith(ctx context.Context, tx *sql.Tx, p *PoolInfo, ledger string) error {
 	a, err := s.ring(s.epoch)
 	if err != nil {
 		return err
 	}
-	res, err := tx.ExecContext(ctx, `UPDATE pool SET newest_seq = $1, own_mark = $2, peer_mark = $3, peer_generation = $4, epoch = $5, proof = $6 WHERE id = $7`,
-		int64(p.NewestSeq), int64(p.Mark), int64(p.PeerMark), int64(p.PeerGeneration), int64(s.epoch), seal(a, nil, p.rowAAD(s.uuid, s.epoch)), p.ID[:])
+	res, err := tx.ExecContext(ctx, `UPDATE pool SET newest_seq = $1, own_mark = $2, peer_mark = $3, peer_generation = $4, epoch = $5, ledger = $6, proof = $7 WHERE id = $8`,
+		int64(p.NewestSeq), int64(p.Mark), int64(p.PeerMark), int64(p.PeerGeneration), int64(s.epoch), ledger, seal(a, nil, p.rowAAD(s.uuid, s.epoch, ledger)), p.ID[:])
 	return oneRow(res, err)
 }
 
@@ -237,7 +247,7 @@ func (s *Store) insertPool(ctx context.Context, tx *sql.Tx, i *PoolInfo) error {
 	}
 	_, err = tx.ExecContext(ctx, `INSERT INTO pool (id, peer, role, class, newest_seq, own_mark, peer_mark, peer_generation, epoch, proof)
 		VALUES ($1, $2, $3, $4, $5, 0, 0, $6, $7, $8)`, i.ID[:], i.Peer, int64(i.Role), int64(i.Class), int64(i.NewestSeq), int64(i.PeerGeneration),
-		int64(s.epoch), seal(a, nil, i.rowAAD(s.uuid, s.epoch)))
+		int64(s.epoch), seal(a, nil, i.rowAAD(s.uuid, s.epoch, "")))
 	return err
 }
 

@@ -19,6 +19,9 @@ func (s *Store) readAll(ctx context.Context, q querier) (found []*damage, err er
 	if err != nil {
 		return nil, err
 	}
+	if err := s.readLedger(ctx, q, pools); err != nil {
+		return nil, err
+	}
 	if found, err = s.readBlocks(ctx, q, pools); err != nil {
 		return nil, err
 	}
@@ -45,7 +48,7 @@ func (s *Store) readAll(ctx context.Context, q querier) (found []*damage, err er
 	s.mem.Lock()
 	for id, p := range pools {
 		if old := s.pools[id]; old != nil {
-			p.spent = old.spent
+			p.carry(old, s.ledgerFirst)
 		}
 		p.count()
 	}
@@ -81,7 +84,7 @@ func (s *Store) reload(ctx context.Context) error {
 }
 
 func (s *Store) readPools(ctx context.Context, q querier) (_ map[uuid.UUID]*pool, err error) {
-	rows, err := q.QueryContext(ctx, `SELECT id, peer, role, class, newest_seq, own_mark, peer_mark, peer_generation, epoch, proof FROM pool`)
+	rows, err := q.QueryContext(ctx, `SELECT id, peer, role, class, newest_seq, own_mark, peer_mark, peer_generation, epoch, ledger, proof FROM pool`)
 	if err != nil {
 		return nil, fmt.Errorf("read pools: %w", explain(err))
 	}
@@ -93,7 +96,7 @@ func (s *Store) readPools(ctx context.Context, q querier) (_ map[uuid.UUID]*pool
 		i := &p.info
 		var id, proof []byte
 		var epoch uint64
-		if err := rows.Scan(&id, &i.Peer, &i.Role, &i.Class, &i.NewestSeq, &i.Mark, &i.PeerMark, &i.PeerGeneration, &epoch, &proof); err != nil {
+		if err := rows.Scan(&id, &i.Peer, &i.Role, &i.Class, &i.NewestSeq, &i.Mark, &i.PeerMark, &i.PeerGeneration, &epoch, &p.sum, &proof); err != nil {
 			bad = append(bad, fmt.Errorf("read pools: %w: %w", err, ErrDamaged))
 			continue
 		}
@@ -101,7 +104,7 @@ func (s *Store) readPools(ctx context.Context, q querier) (_ map[uuid.UUID]*pool
 		pools[i.ID] = p
 		a, err := s.ring(epoch)
 		if err == nil {
-			err = unseal(a, proof, nil, i.rowAAD(s.uuid, epoch))
+			err = unseal(a, proof, nil, i.rowAAD(s.uuid, epoch, p.sum))
 		}
 		if err != nil {
 			bad = append(bad, fmt.Errorf("row of pool %s: %w: %w; its marks cannot be believed: move database and root file away to start with empty pools", i.ID, err, ErrDamaged))

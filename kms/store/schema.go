@@ -26,6 +26,20 @@ var migrations = []migration{
 		ALTER TABLE node ADD COLUMN holder TEXT NOT NULL DEFAULT ''`},
 	{"the ages of blocks", `ALTER TABLE node ADD COLUMN clock BIGINT NOT NULL DEFAULT 0;
 		ALTER TABLE block ADD COLUMN taken_in BIGINT NOT NULL DEFAULT 0`},
+	{"the ledger of raw use", `CREATE TABLE ledger (
+		pool BYTES NOT NULL REFERENCES pool (id),
+		serial BIGINT NOT NULL,
+		side BIGINT NOT NULL,
+		first_pos BIGINT NOT NULL,
+		last_pos BIGINT NOT NULL,
+		purpose BIGINT NOT NULL,
+		batch BYTES NOT NULL,
+		attempt BIGINT NOT NULL,
+		hop BIGINT NOT NULL,
+		direction BIGINT NOT NULL,
+		PRIMARY KEY (pool, serial)
+	);
+	ALTER TABLE pool ADD COLUMN ledger TEXT NOT NULL DEFAULT ''`},
 }
 
 // schemaVersion is that of the tables this program reads and writes. A database

@@ -121,8 +121,9 @@ func (h *header) partAAD(store uuid.UUID, part int, ids []byte) []byte {
 	return append(b, sum[:]...)
 }
 
-// rowAAD is the associated data of a pool's proof.
-func (p *PoolInfo) rowAAD(store uuid.UUID, epoch uint64) []byte {
+// rowAAD is the associated data of a pool's proof. An empty ledger adds nothing
+// to it: proofs from before there was one hold.
+func (p *PoolInfo) rowAAD(store uuid.UUID, epoch uint64, ledger string) []byte {
 	b := fixed("pool", store)
 	b = append(b, p.ID[:]...)
 	b = append(b, byte(p.Role), byte(p.Class), byte(len(p.Peer)))
@@ -131,7 +132,7 @@ func (p *PoolInfo) rowAAD(store uuid.UUID, epoch uint64) []byte {
 	for _, n := range []uint64{p.NewestSeq, uint64(p.Mark), uint64(p.PeerMark), p.PeerGeneration, epoch} {
 		b = be.AppendUint64(b, n)
 	}
-	return b
+	return append(b, ledger...)
 }
 
 // nodeAAD is the associated data of the node row's proof. Of a row that names

@@ -70,7 +70,9 @@ type Store struct {
 	data         map[uint64]cipher.AEAD // data keys of root.epoch and the one after
 	historyNext  int64
 	eventNext    int64
-	stale        bool // a commit's outcome is unknown: read memory anew first
+	ledgerNext   int64
+	ledgerFirst  int64 // of what this process has bound
+	stale        bool  // a commit's outcome is unknown: read memory anew first
 	closed       bool
 	generation   uint64
 	server       string // where the node row was last written, if the engine can tell

@@ -27,11 +27,12 @@ func Run(t *testing.T, open Open) {
 	for name, f := range map[string]func(*testing.T, *bench){
 		"Pools": pools, "Blocks": blocks, "Order": order, "Lease": lease, "LoadOnce": loadOnce, "Reopen": reopen, "AdoptMark": adoptMark, "Expire": expire,
 		"PeerGeneration": peerGeneration, "Destroy": destroy, "Ratchet": ratchet, "History": history, "Events": events, "Find": find,
-		"Generation": generation, "Closed": closed, "Cancelled": cancelled, "Concurrency": concurrency,
+		"Generation": generation, "RawUse": rawUse, "Closed": closed, "Cancelled": cancelled, "Concurrency": concurrency,
 	} {
 		t.Run(name, func(t *testing.T) { f(t, newBench(t, open)) })
 	}
 	for seed := range uint64(8) {
+		t.Run(fmt.Sprintf("RawSchedule/%d", seed), func(t *testing.T) { rawSchedule(t, newBench(t, open), rand.New(rand.NewPCG(seed, 8)), 300) })
 		t.Run(fmt.Sprintf("Schedule/%d", seed), func(t *testing.T) { schedule(t, newBench(t, open), rand.New(rand.NewPCG(seed, 7)), 250) })
 	}
 }
