@@ -68,6 +68,26 @@ func (s storeForKMA) Load(ctx context.Context, pool uuid.UUID, side kma.Side, fr
 	return out, err
 }
 
+// LoadRaw reads a lease for raw use; the caller owns the Materials.
+func (s storeForKMA) LoadRaw(ctx context.Context, pool uuid.UUID, side kma.Side, from, to key.Position) ([]kma.LeasedKey, error) {
+	list, err := s.Store.LoadRaw(ctx, pool, store.Side(side), from, to)
+	out := make([]kma.LeasedKey, len(list))
+	for i, k := range list {
+		out[i] = kma.LeasedKey(k)
+	}
+	return out, err
+}
+
+// Bind binds keys to raw uses.
+func (s storeForKMA) Bind(ctx context.Context, pool uuid.UUID, side kma.Side, list ...key.Binding) error {
+	return s.Store.Bind(ctx, pool, store.Side(side), list...)
+}
+
+// Settle ends bindings.
+func (s storeForKMA) Settle(ctx context.Context, pool uuid.UUID, side kma.Side, use key.RawUse, end key.RawEnd, why string) error {
+	return s.Store.Settle(ctx, pool, store.Side(side), use, end, why)
+}
+
 // Record adds rows to the usage history.
 func (s storeForKMA) Record(ctx context.Context, list []kma.History) error {
 	rows := make([]store.Event, len(list))

@@ -129,6 +129,9 @@ type Store interface {
 	AdoptMark(ctx context.Context, pool uuid.UUID, side Side, mark key.Position) (int, error)
 	Expire(ctx context.Context, pool uuid.UUID, side Side, mark key.Position, generation uint64) (int, error)
 	Load(ctx context.Context, pool uuid.UUID, side Side, from, to key.Position) ([]LeasedKey, error)
+	LoadRaw(ctx context.Context, pool uuid.UUID, side Side, from, to key.Position) ([]LeasedKey, error)
+	Bind(ctx context.Context, pool uuid.UUID, side Side, list ...key.Binding) error
+	Settle(ctx context.Context, pool uuid.UUID, side Side, use key.RawUse, end key.RawEnd, why string) error
 	Record(ctx context.Context, e []History) error
 	Ratchet(ctx context.Context) error
 }

@@ -71,6 +71,8 @@ func (p *pool) due() (purpose string, keys int) {
 	defer p.mu.Unlock()
 	switch {
 	case !p.synced || p.active == 0:
+	case p.rawDue():
+		return type1.PurposeRaw, min(max(p.a.o.LeaseSize, p.raw.want), p.a.o.MaxHeld)
 	case len(p.own)*2 <= p.size:
 		return type1.PurposeSupply, p.size
 	case p.giving > 0:
@@ -110,7 +112,7 @@ func (p *pool) openLease(ctx context.Context) error {
 	if err := store.Advance(ctx, p.ID, Own, mark, purpose, p.generation); err != nil {
 		return fmt.Errorf("kma: lease up to %s: %w", mark, err)
 	}
-	keys, err := store.Load(ctx, p.ID, Own, info.Mark, mark)
+	keys, err := p.load(ctx, purpose, Own, info.Mark, mark)
 	if err != nil {
 		return fmt.Errorf("kma: load the lease up to %s, which is burned: %w", mark, err)
 	}
@@ -121,7 +123,8 @@ func (p *pool) openLease(ctx context.Context) error {
 		Pool: p.ID, Link: p.link(), Generation: p.generation, Purpose: purpose,
 		After: type1.Position(info.Mark), Mark: type1.Position(mark), Floor: type1.Position(p.floor), Seqs: seqsOf(keys),
 	}}
-	if purpose == type1.PurposeSupply {
+	p.lastDue = purpose
+	if purpose != type1.PurposeTransfer {
 		p.pending.keys, p.leasing = keys, true
 		return nil
 	}
@@ -196,6 +199,10 @@ func (p *pool) publish(l *lease, keys []LeasedKey) bool {
 	if p.closed || p.epoch != l.epoch {
 		return false
 	}
+	if l.req.Purpose == type1.PurposeRaw {
+		p.raw.publish(keys)
+		return true
+	}
 	p.own = append(p.own, keys...)
 	if l.req.Purpose == type1.PurposeSupply {
 		p.grow()
@@ -243,7 +250,7 @@ func (p *pool) onLease(ctx context.Context, r type1.LeaseRequest) (type1.LeaseRe
 		return none, err
 	}
 	after, mark := key.Position(r.After), key.Position(r.Mark)
-	if mark == p.lastLease && after == p.lastAfter {
+	if mark == p.lastLease && after == p.lastAfter && r.Purpose == p.lastPurpose {
 		return type1.LeaseResponse{Mark: r.Mark, Missing: p.lastMissing}, nil // its acknowledgement was lost
 	}
 	store := p.a.o.Store
@@ -268,26 +275,29 @@ func (p *pool) onLease(ctx context.Context, r type1.LeaseRequest) (type1.LeaseRe
 		if err := p.onExpired(ctx, r); err != nil {
 			return none, err
 		}
-		p.lastAfter, p.lastLease, p.lastMissing = after, mark, nil
+		p.lastAfter, p.lastLease, p.lastPurpose, p.lastMissing = after, mark, r.Purpose, nil
 		return type1.LeaseResponse{Mark: r.Mark}, nil
 	}
 	if err := store.Advance(ctx, p.ID, Other, mark, r.Purpose, r.Generation); err != nil {
 		return none, fmt.Errorf("kma: peer's lease up to %s: %w", mark, err)
 	}
-	keys, err := store.Load(ctx, p.ID, Other, after, mark)
+	keys, err := p.load(ctx, r.Purpose, Other, after, mark)
 	if err != nil {
 		return none, fmt.Errorf("kma: load the peer's lease up to %s, which is burned: %w", mark, err)
 	}
 	keep := p.hold
-	if r.Purpose == type1.PurposeTransfer {
+	switch r.Purpose {
+	case type1.PurposeTransfer:
 		keep = p.receive
+	case type1.PurposeRaw:
+		keep = p.holdRaw
 	}
 	missing, ok := keep(r, keys)
 	if !ok {
 		return none, &type1.Problem{Code: type1.Overloaded, Detail: "this node is closing"}
 	}
 	p.a.count(len(keys))
-	p.lastAfter, p.lastLease, p.lastMissing = after, mark, missing
+	p.lastAfter, p.lastLease, p.lastPurpose, p.lastMissing = after, mark, r.Purpose, missing
 	p.floors = append(p.floors, floor{key.Position(r.Floor), time.Now()})
 	return type1.LeaseResponse{Mark: r.Mark, Missing: missing}, nil
 }
@@ -316,7 +326,7 @@ func (p *pool) checkBlocks(ctx context.Context, r type1.LeaseRequest, after, mar
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	waiting := len(p.held)
+	waiting := len(p.held) + len(p.raw.held)
 	if r.Purpose == type1.PurposeTransfer {
 		waiting = len(p.own)
 	}

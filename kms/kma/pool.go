@@ -39,6 +39,7 @@ type pool struct {
 	named       bool         // the peer has named our process: it has that generation from us
 	lastLease   key.Position // Mark of the peer's last lease in this session, 0: none
 	lastAfter   key.Position
+	lastPurpose string
 	lastMissing []uint64
 	floors      []floor // of the peer's keys
 	givenFloors []floor // of ours that were given to it
@@ -47,7 +48,9 @@ type pool struct {
 
 	mu sync.Mutex
 	session
-	own      []LeasedKey                // to take, the next one first: of our leases, and given to us
+	own      []LeasedKey // to take, the next one first: of our leases, and given to us
+	raw      rawKeys
+	lastDue  string                     // purpose of our last lease
 	held     map[key.Position]LeasedKey // to claim: of the peer's leases, and given by us
 	refilled chan struct{}              // closed and replaced when own or the session changes
 	leasing  bool                       // a lease is being fetched
@@ -86,7 +89,7 @@ func newPool(a *Agent, c Pool) *pool {
 	return &pool{
 		Pool: c, a: a, peer: a.o.Peers[c.Peer], log: a.o.Log.With("pool", c.ID.String(), "peer", c.Peer),
 		turn: make(chan struct{}, 1), work: make(chan struct{}, 1), hello: make(chan struct{}, 1),
-		session: session{burnDue: true}, held: map[key.Position]LeasedKey{}, refilled: make(chan struct{}), size: a.o.LeaseSize,
+		session: session{burnDue: true}, held: map[key.Position]LeasedKey{}, raw: rawKeys{held: map[key.Position]LeasedKey{}}, refilled: make(chan struct{}), size: a.o.LeaseSize,
 	}
 }
 
@@ -254,6 +257,8 @@ func (p *pool) close() {
 		k.Material.Wipe()
 	}
 	clear(p.held)
+	p.raw.wipeOwn()
+	p.raw.wipeHeld(^key.Position(0))
 	p.changed()
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -221,6 +222,7 @@ func (p *pool) onBurn(ctx context.Context, r type1.BurnRequest) (type1.BurnRespo
 	// What was given to the peer goes up to where it was when this session began, not
 	// up to what the peer says: more can be on its way in this session already.
 	kept, gone := p.drop(ctx, upTo, p.burned, "burned by the peer")
+	gone += p.dropRaw(ctx, upTo)
 	if gone > 0 || len(kept) > 0 {
 		p.log.Info("the peer has burned its leases", "up_to", upTo, "destroyed", gone, "kept", len(kept))
 	}
@@ -286,14 +288,15 @@ func (p *pool) reset(ctx context.Context, mark, peerMark key.Position, other boo
 		true:  {Side: Own, Last: mark, State: key.Destroyed, Detail: "burned: the session has ended"},
 		false: {Side: Other, Last: peerMark, State: key.Destroyed, Detail: "given to this node, burned: the session has ended"},
 	}
-	for _, k := range p.own {
+	for _, k := range slices.Concat(p.raw.own, p.own) {
 		h := lost[p.Role.Owns(k.Position)]
-		if h.Count++; h.Count == 1 {
+		if h.Count++; h.Count == 1 || k.Position < h.First {
 			h.First = k.Position
 		}
 	}
 	wipe(p.own)
 	p.own = nil
+	p.raw.wipeOwn()
 	p.giving, p.coming, p.wantAfter = 0, false, time.Time{}
 	p.peerInstance = uuid.Nil
 	p.synced = false

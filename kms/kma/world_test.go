@@ -138,6 +138,32 @@ func (i *inventory) Load(ctx context.Context, pool uuid.UUID, side Side, from, t
 	return out, err
 }
 
+func (i *inventory) LoadRaw(ctx context.Context, pool uuid.UUID, side Side, from, to key.Position) ([]LeasedKey, error) {
+	if err := i.alive(); err != nil {
+		return nil, err
+	}
+	list, err := i.Store.LoadRaw(ctx, pool, store.Side(side), from, to)
+	out := make([]LeasedKey, len(list))
+	for n := range list {
+		out[n] = LeasedKey(list[n])
+	}
+	return out, err
+}
+
+func (i *inventory) Bind(ctx context.Context, pool uuid.UUID, side Side, list ...key.Binding) error {
+	if err := i.alive(); err != nil {
+		return err
+	}
+	return i.Store.Bind(ctx, pool, store.Side(side), list...)
+}
+
+func (i *inventory) Settle(ctx context.Context, pool uuid.UUID, side Side, use key.RawUse, end key.RawEnd, why string) error {
+	if err := i.alive(); err != nil {
+		return err
+	}
+	return i.Store.Settle(ctx, pool, store.Side(side), use, end, why)
+}
+
 func (i *inventory) Record(ctx context.Context, rows []History) error {
 	if err := i.alive(); err != nil {
 		return err

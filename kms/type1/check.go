@@ -90,7 +90,7 @@ func (r *LeaseRequest) check() error {
 		return errors.New("type1: lease is empty: mark is not above after")
 	case r.Floor > r.Mark:
 		return errors.New("type1: floor is above mark")
-	case r.Purpose != PurposeSupply && r.Purpose != PurposeTransfer && r.Purpose != PurposeExpired:
+	case r.Purpose != PurposeSupply && r.Purpose != PurposeTransfer && r.Purpose != PurposeExpired && r.Purpose != PurposeRaw:
 		return errors.New("type1: unknown purpose of a lease")
 	case r.Purpose == PurposeExpired && len(r.Seqs) > 0:
 		return errors.New("type1: expired keys are in no block any more")

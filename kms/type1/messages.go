@@ -126,6 +126,7 @@ type LeaseRequest struct {
 const (
 	PurposeSupply   = "supply"   // the sender supplies the keys to its SAEs
 	PurposeTransfer = "transfer" // the sender gives them up: the receiver does
+	PurposeRaw      = "raw"      // their own bytes become the sender's pads and MAC keys
 	PurposeExpired  = "expired"  // the keys are nobody's any more: neither side reads them, Seqs is empty
 )
 
