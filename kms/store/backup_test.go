@@ -165,3 +165,51 @@ func TestRestoreOverwritesNothing(t *testing.T) {
 		t.Errorf("restored twice: %v", err)
 	}
 }
+
+// A crash at any write of a restore leaves nothing that passes for a restored
+// store: it is completed by another one, or refused until it was moved away.
+func TestRestoreCrash(t *testing.T) {
+	_, backup, _ := backedUp(t)
+	ctx := testContext(t)
+	completed, refused := 0, 0
+	for _, mode := range []string{"before", "after", "torn"} {
+		for n := 1; ; n++ {
+			dir := filepath.Join(t.TempDir(), "new")
+			f := &fault{n: n, mode: mode, crash: true, dir: dir, opt: testOptions(dir), t: t}
+			_, err := Restore(ctx, f.options(t), bytes.NewReader(backup))
+			if !f.tripped {
+				must(t, err)
+				break
+			}
+			opt := testOptions(f.copy)
+			_, err = Restore(ctx, opt, bytes.NewReader(backup))
+			whole := false
+			switch {
+			case err == nil:
+				completed++
+				whole = true
+			case errors.Is(err, ErrExists):
+				refused++
+			default:
+				t.Fatalf("%s %d (%s): %v", mode, n, f.what, err)
+			}
+			if !fileThere(filepath.Join(f.copy, "store.db")) {
+				continue
+			}
+			s, err := Open(ctx, opt)
+			must(t, err)
+			pools, err := s.Pools(ctx)
+			must(t, err)
+			h, err := s.History(ctx, HistoryQuery{Limit: 1})
+			must(t, err)
+			if len(pools) != len(h) || whole && len(pools) != 1 {
+				t.Errorf("%s %d (%s): %d pools, %d rows: half of a backup", mode, n, f.what, len(pools), len(h))
+			}
+			must(t, s.Close())
+		}
+	}
+	t.Logf("completed %d, refused %d", completed, refused)
+	if completed == 0 || refused == 0 {
+		t.Error("the crashes show nothing")
+	}
+}

@@ -53,7 +53,8 @@ func (s *site) ok(err error) {
 }
 
 // A node is set back, database and root file together, as when a snapshot of
-// its machine is started again; then it loses both and begins anew from a backup
+// its machine is started again; then only the database, which it refuses; then it
+// loses both and begins anew from a backup
 // of its history. Neither shows on its own disk. The peer's SYNC finds both: no
 // key is supplied twice, and the nodes agree again.
 func TestRollbackOfOneNode(t *testing.T) {
@@ -92,7 +93,24 @@ func TestRollbackOfOneNode(t *testing.T) {
 			s.restored(n)
 			use()
 
+			// The database alone is set back: it does not go with its root file.
 			s.ok(s.nodes[n].kill())
+			for _, name := range []string{"inventory.db", "inventory.db-wal"} { // a database is both
+				old, err := os.ReadFile(filepath.Join(snapshot, name))
+				s.ok(err)
+				s.ok(os.WriteFile(filepath.Join(state, name), old, 0o600))
+			}
+			s.ok(os.Remove(filepath.Join(state, "inventory.db-shm")))
+			s.check(n, 1)
+			s.nodes[n].start()
+			await(t, "the node says that its database is old", func() error {
+				if !s.nodes[n].ended() || !strings.Contains(s.nodes[n].tail(), "database is an older copy") {
+					return errors.New(s.nodes[n].tail())
+				}
+				return nil
+			})
+
+			// Both are lost.
 			s.ok(os.RemoveAll(state))
 			s.check(n, 2)
 			s.qipsec("store", "restore", "--config", s.nodes[n].config, backup)
