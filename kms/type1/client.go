@@ -184,7 +184,8 @@ func (c *Client) call(ctx context.Context, path string, in, out interface{ check
 
 // post calls one machine. acted is false if it certainly did nothing.
 func (c *Client) post(ctx context.Context, base, path string, body []byte, out interface{ check() error }) (acted bool, err error) {
-	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { acted = true }})
+	var got atomic.Bool // a trace may be called by another goroutine, and after the end of the call
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { got.Store(true) }})
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, base+path, bytes.NewReader(body))
 	if err != nil {
 		return false, fmt.Errorf("type1: call %s: %w", path, err)
@@ -192,7 +193,7 @@ func (c *Client) post(ctx context.Context, base, path string, body []byte, out i
 	req.Header.Set("Content-Type", "application/json")
 	resp, err := c.h.Do(req)
 	if err != nil {
-		return acted, fmt.Errorf("type1: call %s: %w", path, err)
+		return got.Load(), fmt.Errorf("type1: call %s: %w", path, err)
 	}
 	err = c.read(resp, path, out)
 	return CodeOf(err) != Standby, err
