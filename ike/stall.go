@@ -20,7 +20,8 @@ const (
 // anew. charon tells nobody, and its list looks as ever.
 type stall struct {
 	id    uint32    // unique id of the CHILD_SA that is to be rekeyed
-	at    time.Time // when, if it is one still
+	old   bool      // the CHILD_SA before it carries the traffic still
+	at    time.Time // when it is rekeyed, if it is one still
 	tries int
 	cause string // as reported; empty: it was not
 }
@@ -83,12 +84,12 @@ func (m *Manager) mend(ctx context.Context, l *link, ikes []vici.IKESA) {
 		case !g.up || g.led:
 		case g.newest == nil: // it is being rekeyed
 			continue
-		case s == nil || s.tries == 0 && s.id != g.newest.UniqueID:
+		case s == nil || s.tries == 0 && (s.id != g.newest.UniqueID || s.old != g.old):
 			wait := m.t.stall
 			if g.old {
 				wait = m.t.halfway
 			}
-			m.stalled[name] = &stall{id: g.newest.UniqueID, at: now.Add(wait)}
+			m.stalled[name] = &stall{id: g.newest.UniqueID, old: g.old, at: now.Add(wait)}
 		case !now.Before(s.at):
 			due = append(due, name)
 		}

@@ -136,3 +136,19 @@ func TestStallHalfway(t *testing.T) {
 		t.Errorf("%+v", e)
 	}
 }
+
+// The peer deletes what it has rekeyed, which no event tells, and later the policies of
+// the new one are lost: there is no reason to wait any more.
+func TestStallAfterRekeying(t *testing.T) {
+	s := upSite(t)
+	fresh := vicitest.Child{Name: "net", ID: 102, State: "INSTALLED", SPIIn: 0xc0000002, SPIOut: 0xcf000002}
+	s.sad.lose(fresh.SPIOut)
+	s.children(vicitest.Child{Name: "net", ID: 101, State: "REKEYED", SPIIn: 0xc0000001, SPIOut: 0xcf000001}, fresh)
+	s.Refresh(t.Context())
+	s.children(fresh)
+	s.Refresh(t.Context())
+	eventually(t, "rekeyed", func() bool { return s.asked("102") })
+	if e := s.events.last(EventStalled); !strings.Contains(e.Text, "nothing leads into") {
+		t.Errorf("%+v", e)
+	}
+}
