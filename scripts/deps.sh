@@ -17,7 +17,8 @@
 # Nothing but packages is changed: no installed service is started (a
 # policy-rc.d denies it during this call only; the one that was there comes
 # back), services that this call brought in are not left enabled for the next
-# boot, and no file of /etc is edited. The output of apt goes to out/deps.log.
+# boot, an empty PostgreSQL cluster that came along is removed, and no file of /etc
+# is edited. The output of apt goes to out/deps.log.
 #
 # environment: ASSUME_YES, CI, FORCE_UML (see testenv/README.md), DEPS_LOG
 set -euo pipefail
@@ -122,6 +123,20 @@ boot_units() {
         \( -path '*.wants/*' -o -path '*.requires/*' \) 2>/dev/null | sort
 }
 
+# clusters: PostgreSQL's, "VERSION NAME". Debian's package makes one as it is installed.
+clusters() {
+    command -v pg_lsclusters >/dev/null || return 0
+    pg_lsclusters -h | awk '{ print $1, $2 }' | sort
+}
+
+# drop_new CLUSTERS: those that were not there before; nothing has used them.
+drop_new() {
+    local version name
+    comm -13 <(sed '/^$/d' <<<"$1") <(clusters) | while read -r version name; do
+        pg_dropcluster "$version" "$name" >>"$log" 2>&1 && say "removed the empty PostgreSQL cluster $version/$name that came along"
+    done
+}
+
 ask() {
     [ "${ASSUME_YES:-}" != 1 ] && [ -z "${CI:-}" ] && [ -t 0 ] || return 0
     local answer
@@ -156,8 +171,9 @@ main() {
     say "no service is started or enabled, no configuration is edited"
     ask "install $(wc -w <<<"$plan") packages?"
 
-    local before after
+    local before after had
     before=$(boot_units)
+    had=$(clusters)
     trap allow_services EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
@@ -173,6 +189,7 @@ main() {
         rm -f -- "$unit"
         say "left disabled at boot: ${unit##*/}"
     done
+    drop_new "$had"
     allow_services
     lines=$(missing_packages "$@")
     [ -z "$lines" ] || die "still missing after the installation: $(cut -d'|' -f1 <<<"$lines" | paste -sd' ')"

@@ -154,7 +154,7 @@ part_matrix() {
 part_suites() { TESTENV_MEM=1G scenario 600 suites testenv/run testenv/suites.sh; }
 part_restarts() { ALL=1 TESTENV_PASS=ALL scenario 1500 restarts testenv/run testenv/restarts.sh; }
 part_ike() { COUNT=100 TESTENV_MEM=1G scenario 1800 ike testenv/run testenv/ike.sh; }
-part_forged() { scenario 900 forged testenv/run testenv/forged.sh; }
+part_forged() { scenario 1500 forged testenv/run testenv/forged.sh; }
 part_collision() { scenario 600 collision testenv/run testenv/collision.sh; }
 part_supply() { scenario 300 supply testenv/run testenv/supply.sh; }
 
