@@ -29,7 +29,7 @@ import (
 
 func main() {
 	out := flag.String("out", "out/test", "`directory` for logs")
-	pkgs := flag.String("go", "./...", "Go packages to test, space separated; empty: none")
+	pkgs := flag.String("go", "./kms/store ./testenv/twonodes ./...", "Go packages to test, the longest first, space separated; empty: none")
 	timeout := flag.Duration("timeout", 25*time.Minute, "bound of each part")
 	parallel := flag.Int("parallel", 2, "scenarios at once")
 	flag.Parse()
