@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -169,7 +171,7 @@ func (m *Manager) Run(ctx context.Context) error {
 			return nil
 		}
 		if m.disconnected(err) {
-			report(m.log, m.o.Events, Event{Severity: Fault, Code: EventCharon, Text: "no charon: " + err.Error()})
+			report(m.log, m.o.Events, Event{Severity: Fault, Code: EventCharon, Text: fmt.Sprintf("connections %s: no charon: %v", m.names(), err)})
 		}
 		if time.Since(began) > m.t.redialMax {
 			wait = m.t.redialMin
@@ -181,6 +183,20 @@ func (m *Manager) Run(ctx context.Context) error {
 		}
 		wait = min(2*wait, m.t.redialMax)
 	}
+}
+
+// names lists the connections, the first few of many.
+func (m *Manager) names() string {
+	const most = 8
+	var list []string
+	for _, c := range m.o.Connections {
+		if len(list) == most {
+			list = append(list, fmt.Sprintf("and %d more", len(m.o.Connections)-most))
+			break
+		}
+		list = append(list, strconv.Quote(c.Name))
+	}
+	return strings.Join(list, ", ")
 }
 
 // disconnected notes that there is no charon, and tells whether that is new. What

@@ -370,6 +370,9 @@ func TestManagerReconnect(t *testing.T) {
 	eventually(t, "up", s.is("link", StateUp))
 	s.charon.Stop()
 	eventually(t, "no charon", s.is("link", StateNoCharon))
+	eventually(t, "said, with the connection", func() bool {
+		return strings.HasPrefix(s.events.last(EventCharon).Text, `connections "link": no charon: `)
+	})
 	if err := s.Initiate(t.Context(), "link"); err == nil || !strings.Contains(err.Error(), "no charon") {
 		t.Errorf("%v", err)
 	}

@@ -20,7 +20,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 # CAUSE~WHENs~REGEXP of the line that names connection and cause (a connection that
 # charon knows), empty if the fault stops nothing~what it is
 causes='
-charon~first rekey traffic boot~no charon~charon of b is killed
+charon~first rekey traffic boot~a-b.*no charon~charon of b is killed
 qipsecd~first rekey traffic boot~a-b.*(no quantum key|refused)~qipsecd of b is killed
 both~first rekey traffic boot~a-b.*(refused|establishing CHILD_SA)|type-1 with the peer does not get on~charon and qipsecd of b are killed
 kms-a~first rekey traffic boot~a-b.*GetKey at KME~the KMS of a (another maker'"'"'s, over ETSI 014) is down
@@ -30,7 +30,7 @@ key-id-foreign~first rekey traffic boot~a-b.*GetKeyWithID~the KMS of b does not 
 key-id-replayed~first rekey traffic~a-b.*a second time~the KMS of a gives a Key-ID a second time
 plugin-missing~first rekey traffic boot~a-b.*has not loaded the qipsec plugin~b has no plugin
 plugin-version~first rekey traffic boot~a-b.*plugin was built for strongSwan~the plugin of b was built for another strongSwan
-vici~first rekey traffic boot~no charon~charon of a takes no VICI
+vici~first rekey traffic boot~a-b.*no charon~charon of a takes no VICI
 type1~first rekey traffic boot~a-b.*(GetKeyWithID|GetKey at KME)~Type-1 is cut: no supply notice
 qkde~first rekey traffic boot~~both QKDEs are silent, with keys in the pool
 pool-dry~first rekey traffic boot~a-b.*(no key|empty)~the pool has run dry
