@@ -19,8 +19,6 @@ logs() { grep -cE -- "$2" "$GW/$1/log/qipsecd.log"; }
 asked() { logs "$1" 'msg="GetKey sent"'; }
 spent() { logs "$1" 'msg="Key-ID in nonce"'; }
 fetched() { logs "$1" 'msg="GetKeyWithID sent"'; }
-# level N: keys of N's that are not supplied yet.
-level() { qipsec "$1" keys --json | awk -F'[:,]' '/"(own_active|leased)":/ { n += $2 } END { print n }'; }
 hits() { cat "$GW"/wire/log/mitm-*.log 2>/dev/null | grep -cE -- "$1"; }
 more_hits() { [ "$(hits "$1")" -ge "$2" ]; }
 

@@ -111,12 +111,14 @@ mend_type1() { node b iptables -F; }
 break_qkde() { node_stop a qkdsim; }
 mend_qkde() { node_start a qkdsim "$BIN/qkdsim" -config /run/qkdsim/qkdsim.toml; }
 break_pool-dry() {
-    local i number
+    local i
     node_stop a qkdsim
     start a; start b # a pool is drained by those who hold it
     [ "$booting" != 1 ] || await 60 up
-    for number in 128 16 1; do
-        for ((i = 0; i < 100; i++)); do drain a b "$number" || drain b a "$number" || break; done
+    # a node that runs dry gets keys of the other: dry is what both are, and stay
+    for ((i = 0; i < 20; i++)); do
+        drain_all
+        dry && sleep 2 && dry && break
     done
     if [ "$booting" = 1 ]; then
         for i in a b; do end "$i" qipsecd; end "$i" charon; done
@@ -126,6 +128,14 @@ break_pool-dry() {
         await 20 no_sa
     fi
 }
+drain_all() {
+    local number i
+    for number in 128 16 1; do
+        for ((i = 0; i < 200; i++)); do drain a b "$number" || drain b a "$number" || break; done
+    done
+}
+# dry: neither node has keys that it could supply.
+dry() { [ "$(level a)" = 0 ] && [ "$(level b)" = 0 ]; }
 drain() { # N OTHER NUMBER: so many keys for the transmission devices
     local pki=$GW/$1/run/etc/pki
     node "$1" "$BIN/qipsec" sae get-key --url "https://$(ip_of "$1"):8442" --peer "$2-te" --number "$3" \

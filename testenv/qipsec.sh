@@ -212,3 +212,6 @@ check_flat() {
     paste -d' ' "$GW/held.first" "$GW/held.last" | awk '{ printf "      %s: %d kB and %d descriptors, at the end %d and %d\n", $1, $2, $3, $5, $6 }'
     check "no daemon's memory or descriptors grew" flat
 }
+
+# level N: keys of N's that are not supplied yet.
+level() { qipsec "$1" keys --json | awk -F'[:,]' '/"(own_active|leased)":/ { n += $2 } END { print n }'; }

@@ -233,7 +233,7 @@ tunnels() {
 			$child
 			END
         done
-    } >"$f.new" && mv "$f.new" "$f"
+    } >"$f.new" && chmod 600 "$f.new" && mv "$f.new" "$f"
 }
 
 # stock_child NAME: the same in the words of swanctl.conf.
