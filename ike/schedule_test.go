@@ -15,8 +15,9 @@ import (
 // world drives a pair by random steps and keeps what a correct broker must
 // never break.
 type world struct {
-	p *pair
-	r *rand.Rand
+	p    *pair
+	r    *rand.Rand
+	turn sync.Mutex // of the charon that comes
 
 	mu    sync.Mutex
 	spent map[key.ID]int // SENT answered
@@ -81,7 +82,9 @@ func (w *world) step(n int, uid uint32) {
 		}
 	case n < 80:
 		a.End(context.Background(), a.sa(uid))
-	case n < 83:
+	case n < 83: // one charon says hello after the other
+		w.turn.Lock()
+		defer w.turn.Unlock()
 		a.Gone(a.inst)
 		a.serve(a.inst)
 	case n < 88:
