@@ -200,10 +200,16 @@ func windows(seqs []uint64, n int) map[string]bool {
 		for i := range n {
 			k := plainKey(seq, i)
 			w[string(k[:8])], w[string(k[16:24])] = true, true
-			w[hex.EncodeToString(k[:4])] = true
+			w[hex.EncodeToString(k[:8])] = true
 		}
 	}
 	return w
+}
+
+// within reports whether one of w begins at b[i]. Eight digits would be too few: a
+// server's log has enough of them for two to be equal by chance.
+func within(w map[string]bool, b []byte, i int) bool {
+	return i+8 <= len(b) && w[string(b[i:i+8])] || i+16 <= len(b) && w[string(b[i:i+16])]
 }
 
 // scanFiles counts windows in all files of dir but the root file.
@@ -217,8 +223,8 @@ func scanFiles(t *testing.T, dir string, w map[string]bool) (hits int) {
 		}
 		b, err := os.ReadFile(filepath.Join(dir, e.Name()))
 		must(t, err)
-		for i := 0; i+8 <= len(b); i++ {
-			if w[string(b[i:i+8])] {
+		for i := range b {
+			if within(w, b, i) {
 				hits++
 			}
 		}
