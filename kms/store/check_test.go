@@ -118,9 +118,10 @@ func TestCheckBesideADaemon(t *testing.T) {
 	}
 }
 
-// spoilRow turns one bit of a column of bytes.
+// spoilRow changes a byte of a column, whatever it was.
 func spoilRow(table, column, where string) string {
-	return fmt.Sprintf(`UPDATE %s SET %s = substr(%s, 1, 5) || x'a5' || substr(%s, 7) %s`, table, column, column, column, where)
+	const other = `CASE substr(%[2]s, 6, 1) WHEN x'a5' THEN x'5a' ELSE x'a5' END`
+	return fmt.Sprintf(`UPDATE %[1]s SET %[2]s = substr(%[2]s, 1, 5) || `+other+` || substr(%[2]s, 7) %[3]s`, table, column, where)
 }
 
 // Each fault is found, said with what it is about, and of the right verdict; and
