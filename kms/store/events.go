@@ -3,7 +3,6 @@ package store
 import (
 	"context"
 	"database/sql"
-	"errors"
 	"fmt"
 	"time"
 )
@@ -77,21 +76,9 @@ func (s *Store) Events(ctx context.Context, q EventQuery) (list []LogEvent, err 
 	if q.Before == 0 {
 		q.Before = 1<<63 - 1
 	}
-	rows, err := s.r.QueryContext(ctx, `SELECT `+eventColumns+` FROM event
+	return rowsOf(ctx, s.r, "events", scanEvent, `SELECT `+eventColumns+` FROM event
 		WHERE serial < $1 AND ($2 = '' OR severity = $2) AND ($3 = '' OR code = $3) ORDER BY serial DESC LIMIT $4`,
 		q.Before, string(q.Severity), q.Code, n)
-	if err != nil {
-		return nil, fmt.Errorf("store: read events: %w", explain(err))
-	}
-	defer func() { err = errors.Join(err, rows.Close()) }()
-	for rows.Next() {
-		e, err := scanEvent(rows)
-		if err != nil {
-			return nil, fmt.Errorf("store: read events: %w", err)
-		}
-		list = append(list, e)
-	}
-	return list, rows.Err()
 }
 
 // eventColumns are what scanEvent reads.

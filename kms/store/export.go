@@ -46,75 +46,36 @@ func (s *Store) eachHistory(ctx context.Context, q ExportQuery, f func(Event) er
 	if q.Pool == uuid.Nil {
 		all = 1
 	}
-	for after := int64(math.MinInt64); ; {
-		page, err := s.historyPage(ctx, `SELECT `+historyColumns+` FROM history WHERE serial > $1 AND time >= $2 AND time < $3 AND ($4 = 1 OR pool = $5)
+	return eachPage(func(after int64) ([]Event, error) {
+		return rowsOf(ctx, s.src(), "history", scanHistory, `SELECT `+historyColumns+` FROM history WHERE serial > $1 AND time >= $2 AND time < $3 AND ($4 = 1 OR pool = $5)
 			ORDER BY serial LIMIT $6`, after, from, to, all, q.Pool[:], exportPage)
-		for _, e := range page {
-			if err := f(e); err != nil {
-				return err
-			}
-			after = e.Serial
-		}
-		if err != nil || len(page) < exportPage {
-			return err
-		}
-	}
-}
-
-func (s *Store) historyPage(ctx context.Context, query string, args ...any) (page []Event, err error) {
-	rows, err := s.src().QueryContext(ctx, query, args...)
-	if err != nil {
-		return nil, fmt.Errorf("store: read history: %w", explain(err))
-	}
-	defer func() { err = errors.Join(err, rows.Close()) }()
-	for rows.Next() {
-		e, err := scanHistory(rows)
-		if err != nil {
-			return page, fmt.Errorf("store: read history: %w", err)
-		}
-		page = append(page, e)
-	}
-	if err := rows.Err(); err != nil {
-		return page, fmt.Errorf("store: read history: %w", explain(err))
-	}
-	return page, nil
+	}, func(e Event) int64 { return e.Serial }, f)
 }
 
 // eachEvent is eachHistory for the node's events.
 func (s *Store) eachEvent(ctx context.Context, q ExportQuery, f func(LogEvent) error) error {
 	from, to := q.times()
-	for after := int64(math.MinInt64); ; {
-		page, err := s.eventPage(ctx, `SELECT `+eventColumns+` FROM event WHERE serial > $1 AND time >= $2 AND time < $3 ORDER BY serial LIMIT $4`,
+	return eachPage(func(after int64) ([]LogEvent, error) {
+		return rowsOf(ctx, s.src(), "events", scanEvent, `SELECT `+eventColumns+` FROM event WHERE serial > $1 AND time >= $2 AND time < $3 ORDER BY serial LIMIT $4`,
 			after, from, to, exportPage)
-		for _, e := range page {
-			if err := f(e); err != nil {
+	}, func(e LogEvent) int64 { return e.Serial }, f)
+}
+
+// eachPage calls f for every row of the pages, until one is not full or cannot be
+// read whole; page gives the rows after a serial.
+func eachPage[R any](page func(after int64) ([]R, error), serial func(R) int64, f func(R) error) error {
+	for after := int64(math.MinInt64); ; {
+		rows, err := page(after)
+		for _, r := range rows {
+			if err := f(r); err != nil {
 				return err
 			}
-			after = e.Serial
+			after = serial(r)
 		}
-		if err != nil || len(page) < exportPage {
+		if err != nil || len(rows) < exportPage {
 			return err
 		}
 	}
-}
-
-func (s *Store) eventPage(ctx context.Context, query string, args ...any) (page []LogEvent, err error) {
-	rows, err := s.src().QueryContext(ctx, query, args...)
-	if err != nil {
-		return nil, fmt.Errorf("store: read events: %w", explain(err))
-	}
-	defer func() { err = errors.Join(err, rows.Close()) }()
-	for rows.Next() {
-		e, err := scanEvent(rows)
-		if err != nil {
-			return page, fmt.Errorf("store: read events: %w", err)
-		}
-		page = append(page, e)
-	}
-	if err := rows.Err(); err != nil {
-		return page, fmt.Errorf("store: read events: %w", explain(err))
-	}
-	return page, nil
 }
 
 // Export writes history and then events to w as lines of JSON, oldest first,

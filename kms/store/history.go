@@ -140,20 +140,29 @@ func (s *Store) History(ctx context.Context, q HistoryQuery) (list []Event, err 
 	if q.Before != 0 {
 		and("serial < $%d", q.Before)
 	}
-	rows, err := s.r.QueryContext(ctx, `SELECT `+historyColumns+` FROM history
+	return rowsOf(ctx, s.r, "history", scanHistory, `SELECT `+historyColumns+` FROM history
 		WHERE `+strings.Join(where, " AND ")+` ORDER BY serial DESC LIMIT `+strconv.Itoa(n), args...)
+}
+
+// rowsOf reads all rows of a query; what names them in errors. With an error come
+// those that were read before it.
+func rowsOf[R any](ctx context.Context, q querier, what string, scan func(*sql.Rows) (R, error), query string, args ...any) (list []R, err error) {
+	rows, err := q.QueryContext(ctx, query, args...)
 	if err != nil {
-		return nil, fmt.Errorf("store: read history: %w", explain(err))
+		return nil, fmt.Errorf("store: read %s: %w", what, explain(err))
 	}
 	defer func() { err = errors.Join(err, rows.Close()) }()
 	for rows.Next() {
-		e, err := scanHistory(rows)
+		r, err := scan(rows)
 		if err != nil {
-			return nil, fmt.Errorf("store: read history: %w", err)
+			return list, fmt.Errorf("store: read %s: %w", what, err)
 		}
-		list = append(list, e)
+		list = append(list, r)
 	}
-	return list, rows.Err()
+	if err := rows.Err(); err != nil {
+		return list, fmt.Errorf("store: read %s: %w", what, explain(err))
+	}
+	return list, nil
 }
 
 // historyColumns are what scanHistory reads.
